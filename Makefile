@@ -1,0 +1,54 @@
+# `make train` and `make test` do all set-up from a fresh clone: Python ≥ 3.11, make and a C++
+# compiler must be there. Everything is installed into .venv and written under out/.
+SHELL := /bin/bash -o pipefail
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/python_stdlib
+# ignored outside tests; in them warnings are errors except those listed in pyproject.toml
+export TOKENIZERS_PARALLELISM ?= true
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install train test test-full check format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "error: no C++ compiler found, which torch.compile needs: install g++ or clang"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+train: install
+	$(BIN)/python examples/python_stdlib/prepare.py --out $(OUT)
+	$(BIN)/tune run moe_full_finetune --config qwen3_moe/python_stdlib \
+	  base_model=$(OUT)/base output_dir=$(OUT)/run \
+	  dataset.data_files=$(OUT)/train.jsonl dataset_val.data_files=$(OUT)/heldout.jsonl
+	$(BIN)/python examples/python_stdlib/report.py \
+	  --base $(OUT)/base --tuned $(OUT)/run/model --data $(OUT) --out $(OUT)/report
+
+test: install
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python -m pytest tests/test_house.py
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf out dist .pytest_cache .ruff_cache

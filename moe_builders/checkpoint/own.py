@@ -1,0 +1,76 @@
+"""Models without a Hugging Face layout: safetensors under our own parameter names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_builders.checkpoint.folder import (
+    SINGLE_NAME,
+    TensorFolder,
+    publish,
+    write_tensors,
+)
+from moe_builders.checkpoint.stream import (
+    check_complete,
+    load_pieces,
+    materialize,
+    model_shapes,
+    take_pieces,
+)
+from moe_builders.weights import make_plan, own_rows
+
+MARKER_NAME = "moe_builders.json"  # what makes a folder one of ours
+
+
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    component: dict[str, Any] | None = None,
+    write: bool = True,
+) -> None:
+    """Write a model's parameters and persistent buffers as they are.
+
+    Args:
+        model: sharded or not; with more than one process all must call.
+        path: folder to write; replaced if it is there.
+        component: how the model is built (its ``_component_`` and arguments), kept for the reader.
+        write: True on the one process that writes.
+    """
+    shapes, state = model_shapes(model), model.state_dict()
+    plan = make_plan(own_rows(shapes), shapes)
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    with publish(path, write=write) as folder:
+        write_tensors(
+            folder,
+            {SINGLE_NAME: list(shapes)},
+            take_pieces(model, plan, dtypes, keep=write),
+            with_index=False,
+            write=write,
+        )
+        if write:
+            (folder / MARKER_NAME).write_text(
+                json.dumps({"format": 1, "component": component}, indent=2) + "\n"
+            )
+
+
+def load_model(model: nn.Module, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+    """Fill a model that was built on the meta device from a folder of ``save_model``.
+
+    Raises:
+        InputError: the folder does not fit the model; all differences are listed.
+    """
+    folder = TensorFolder(path)
+    shapes = model_shapes(model)
+    plan = make_plan(own_rows(shapes), shapes)
+    check_complete(plan, folder.entries, path, lambda name: False)
+    materialize(model, device)
+    load_pieces(model, plan, folder)
+
+
+def is_own_folder(path: str | Path) -> bool:
+    """Whether ``save_model`` wrote this folder."""
+    return (Path(path) / MARKER_NAME).is_file()

@@ -1,0 +1,1 @@
+"""From files to batches: tokenizer, packing, collating, the order of samples."""

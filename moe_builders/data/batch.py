@@ -1,0 +1,109 @@
+"""A batch and how samples become one: what is real is known from lengths, never from ids.
+
+Letters: b rows · s positions · t = b·s tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_builders.losses import IGNORE_INDEX
+from moe_builders.ops.masks import block_causal_mask
+from moe_builders.routing import TokenInfo
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        tokens: [b, s] int64.
+        labels: [b, s] int64, the NEXT token to predict at each position; IGNORE_INDEX = none.
+        positions: [b, s] int64, restarting with each document.
+        sequence_ids: [b, s] int64 in [0, t), one number a document, unique in the batch; a row's
+            padding has a number of its own.
+        mask: [b, s] bool, True = a real token.
+        packed: whether a row may hold several documents.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    sequence_ids: Tensor
+    mask: Tensor
+    packed: bool
+
+    @property
+    def num_labels(self) -> int:
+        """Labelled tokens (reads the host's tensors: ask before ``to``)."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_real(self) -> int:
+        """Real tokens."""
+        return int(self.mask.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        tensors = (self.tokens, self.labels, self.positions, self.sequence_ids, self.mask)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(*moved, packed=self.packed)
+
+    @property
+    def info(self) -> TokenInfo:
+        """What routers may know of the t tokens."""
+        return TokenInfo(
+            mask=self.mask.flatten(),
+            sequence_ids=self.sequence_ids.flatten(),
+            input_ids=self.tokens.flatten(),
+        )
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """[b, s, s] for packed rows; None where causal is enough (padding stands at the end)."""
+        return block_causal_mask(self.sequence_ids) if self.packed else None
+
+
+def shift_labels(labels: Sequence[int]) -> list[int]:
+    """torchtune's labels (the token itself) -> the next token to predict; the last has none."""
+    return [*labels[1:], IGNORE_INDEX]
+
+
+def collate(
+    samples: Sequence[Mapping[str, Any] | None],
+    *,
+    pad_id: int,
+    packed: bool = False,
+    length: int | None = None,
+) -> Batch:
+    """Pad samples on the right to one length.
+
+    Args:
+        samples: each with "tokens", "labels" (already shifted) and "lengths" of its documents;
+            None makes a row of padding (a rank that has run out of validation samples).
+        pad_id: written into padding; never looked at again.
+        packed: whether rows may hold several documents.
+        length: s; None: the longest sample's.
+    """
+    rows = [sample or {"tokens": [], "labels": [], "lengths": []} for sample in samples]
+    s = length or max(1, *(len(row["tokens"]) for row in rows))
+    tokens = torch.full((len(rows), s), pad_id)
+    labels = torch.full((len(rows), s), IGNORE_INDEX)
+    positions = torch.arange(s).repeat(len(rows), 1)
+    sequence_ids = torch.zeros(len(rows), s, dtype=torch.int64)
+    mask = torch.zeros(len(rows), s, dtype=torch.bool)
+    number = 0
+    for i, row in enumerate(rows):
+        n, start = len(row["tokens"]), 0
+        tokens[i, :n] = torch.as_tensor(row["tokens"], dtype=torch.int64)
+        labels[i, :n] = torch.as_tensor(row["labels"], dtype=torch.int64)
+        mask[i, :n] = True
+        for document in (*row["lengths"], s - n):
+            sequence_ids[i, start : start + document] = number
+            positions[i, start : start + document] = torch.arange(document)
+            start += document
+            number += document > 0
+    return Batch(tokens, labels, positions, sequence_ids, mask, packed)

@@ -1,0 +1,120 @@
+"""All routed experts of a layer in two (or three) batched tensors; they know nothing of routing.
+
+Letters: a rows (assignments sorted by expert) · e num_experts · d dim · h hidden_dim of an expert.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moe_builders.errors import InputError
+from moe_builders.ops.activations import Activation, find_activation
+from moe_builders.ops.grouped_mm import BACKENDS, grouped_mm
+from moe_builders.routing import expert_of_rows
+
+
+class GroupedExperts(nn.Module):
+    """e feed-forward networks as batched parameters, each applied to its own run of rows.
+
+    Weights are stored as ``nn.Linear`` stores them, so Hugging Face experts stack into them
+    without a transpose: ``gate_up_proj`` [e, 2h, d] (gate rows first; ``up_proj`` [e, h, d] for an
+    ungated activation) and ``down_proj`` [e, d, h].
+
+    An expert without a row gets a zero gradient (not None), so weight decay and momentum treat
+    all experts alike.
+
+    Args:
+        dim: d.
+        hidden_dim: h.
+        num_experts: e.
+        activation: a name from ``ops.activations`` or an ``Activation``.
+        bias: add ``*_bias`` parameters, [e, 2h] and [e, d].
+        backend: of ``ops.grouped_mm``: "auto", "grouped" or "loop".
+
+    Raises:
+        InputError: a number below 1, or an unknown activation or back end.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        activation: str | Activation = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if min(dim, hidden_dim, num_experts) < 1:
+            raise InputError(
+                f"dim ({dim}), hidden_dim ({hidden_dim}) and num_experts ({num_experts}) must be "
+                "at least 1"
+            )
+        if backend not in BACKENDS:
+            raise InputError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
+        self.activation = find_activation(activation)
+        self.backend = backend
+        up_name, up_width = (
+            ("gate_up", 2 * hidden_dim) if self.activation.gated else ("up", hidden_dim)
+        )
+        self._up_name = up_name
+        self.register_parameter(
+            f"{up_name}_proj", nn.Parameter(torch.empty(num_experts, up_width, dim))
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        up_bias = nn.Parameter(torch.empty(num_experts, up_width)) if bias else None
+        self.register_parameter(f"{up_name}_bias", up_bias)
+        self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within ±1/√fan_in, as ``nn.Linear``; biases zero."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                else:
+                    bound = 1 / math.sqrt(parameter.shape[-1])
+                    parameter.uniform_(-bound, bound)
+
+    def forward(
+        self, x: Tensor, num_tokens_per_expert: Tensor, row_weights: Tensor | None = None
+    ) -> Tensor:
+        """Apply each expert to its rows.
+
+        Args:
+            x: [a, d] rows sorted by expert; rows past the counts are dead and may hold anything.
+            num_tokens_per_expert: [e] int.
+            row_weights: [a] multiplies each row between activation and down projection (and the
+                down bias with it): the same answer as weighing the expert's output.
+
+        Returns:
+            [a, d], zero in dead rows.
+        """
+        up_weight = getattr(self, f"{self._up_name}_proj")
+        up_bias = getattr(self, f"{self._up_name}_bias")
+        z = grouped_mm(x, up_weight, num_tokens_per_expert, backend=self.backend)  # [a, 2h]
+        if up_bias is not None:
+            z = z + self._bias_rows(up_bias, num_tokens_per_expert, z.shape[0])
+        hidden = self.activation.function(z)  # [a, h]
+        if row_weights is not None:
+            hidden = hidden * row_weights[:, None].to(hidden.dtype)
+        y = grouped_mm(hidden, self.down_proj, num_tokens_per_expert, backend=self.backend)
+        if self.down_bias is None:
+            return y
+        bias = self._bias_rows(self.down_bias, num_tokens_per_expert, y.shape[0])
+        return y + (bias if row_weights is None else bias * row_weights[:, None].to(bias.dtype))
+
+    def _bias_rows(self, bias: Tensor, num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
+        """[e, o] -> [a, o]: each row's bias, zero for dead rows.
+
+        A product with a 0/1 matrix, so that the gradient is a product too: summed in a fixed
+        order, without atomics.
+        """
+        expert = expert_of_rows(num_tokens_per_expert, num_rows)  # [a]
+        numbers = torch.arange(self.num_experts, device=expert.device)
+        member = (expert[:, None] == numbers).to(bias.dtype)  # [a, e]
+        return member @ bias

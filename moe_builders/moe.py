@@ -1,0 +1,195 @@
+"""The layer that stands in a transformer's ``mlp`` slot: router, experts, shared experts.
+
+Letters: b batch · s sequence · t = b·s tokens · d dim · a assignments · e num_experts.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torchtune.modules import FeedForward
+
+from moe_builders.errors import InputError
+from moe_builders.experts import GroupedExperts
+from moe_builders.ops.activations import Activation
+from moe_builders.ops.permute import combine_rows, gather_rows
+from moe_builders.routers.token_choice import ScoreFunction, TokenChoiceTopKRouter
+from moe_builders.routing import Router, Routing, TokenInfo
+
+ScorePosition = Literal["before", "mid", "after"]
+
+
+class MoE(nn.Module):
+    """Mixture of experts: y = Σ over a token's experts of weight · expert(x), + shared(x).
+
+    Args:
+        router: any ``Router``; a module if it has parameters.
+        experts: ``GroupedExperts`` or anything with its forward.
+        shared_experts: a module [.., d] -> [.., d] applied to every token, masked ones too.
+        shared_gate: a module [.., d] -> [.., 1]; its sigmoid multiplies the shared answer.
+        score_position: where the weight multiplies: "after" the experts (nearly all models),
+            "mid" (between activation and down projection; same answer, one rounding apart) or
+            "before" (their input, as in Llama 4: a different model).
+
+    Raises:
+        InputError: unknown score_position, or a shared_gate without shared_experts.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        experts: nn.Module,
+        shared_experts: nn.Module | None = None,
+        shared_gate: nn.Module | None = None,
+        score_position: ScorePosition = "after",
+    ) -> None:
+        super().__init__()
+        if score_position not in get_args(ScorePosition):
+            raise InputError(
+                f"score_position {score_position!r} is not one of "
+                f"{', '.join(get_args(ScorePosition))}"
+            )
+        if shared_gate is not None and shared_experts is None:
+            raise InputError("shared_gate is given, but there are no shared_experts to gate")
+        self.router = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.shared_gate = shared_gate
+        self.score_position = score_position
+        self.last_routing: Routing | None = None  # overwritten by every forward, never summed
+
+    def forward(self, x: Tensor, info: TokenInfo | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [b, s, d] or [t, d].
+            info: what is known of the t tokens; None: all real.
+
+        Returns:
+            Same shape and dtype as x; a masked token's routed part is exactly zero.
+        """
+        tokens = x.reshape(-1, x.shape[-1])  # [t, d]
+        routing = self.router(tokens, info if info is not None else TokenInfo())
+        self.last_routing = routing
+        out = self._routed(tokens, routing)  # [t, d]
+        if self.shared_experts is not None:
+            shared = self.shared_experts(tokens)
+            if self.shared_gate is not None:
+                shared = self.shared_gate(tokens).sigmoid() * shared
+            out = out + shared
+        return out.view_as(x)
+
+    def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
+        rows = gather_rows(tokens, routing.token_index, routing.slot_of)  # [a, d]
+        counts, weights = routing.num_tokens_per_expert, routing.weights
+        row_weights = output_weights = None
+        if self.score_position == "before":
+            rows = rows * weights[:, None].to(rows.dtype)
+        elif self.score_position == "mid":
+            row_weights = weights
+        else:
+            output_weights = weights
+        answers = self.experts(rows, counts, row_weights)  # [a, d]
+        return combine_rows(
+            answers, output_weights, routing.token_index, routing.slot_of, tokens.shape[0]
+        )
+
+
+def collect_routing(model: nn.Module) -> dict[str, Routing]:
+    """The routing of each MoE layer's last forward, by module name, in layer order.
+
+    Raises:
+        InputError: a layer has not run yet.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            if module.last_routing is None:
+                raise InputError(f"{name} has not routed anything yet: run a forward first")
+            found[name] = module.last_routing
+    return found
+
+
+def moe_experts(
+    *,
+    embed_dim: int,
+    expert_hidden_dim: int,
+    num_experts: int,
+    activation: str | Activation = "swiglu",
+    bias: bool = False,
+) -> GroupedExperts:
+    """Routed experts from plain numbers; see ``GroupedExperts``."""
+    return GroupedExperts(
+        dim=embed_dim,
+        hidden_dim=expert_hidden_dim,
+        num_experts=num_experts,
+        activation=activation,
+        bias=bias,
+    )
+
+
+def shared_experts(*, embed_dim: int, shared_hidden_dim: int) -> FeedForward:
+    """Always-on experts as one SwiGLU network; n experts of width h are one of width n·h."""
+    return FeedForward(
+        gate_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=False),
+        up_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=False),
+        down_proj=nn.Linear(shared_hidden_dim, embed_dim, bias=False),
+    )
+
+
+def moe_layer(
+    *,
+    embed_dim: int,
+    expert_hidden_dim: int,
+    num_experts: int,
+    experts_per_token: int = 1,
+    shared_hidden_dim: int | None = None,
+    shared_gate: bool = False,
+    score_function: ScoreFunction = "softmax",
+    normalize_weights: bool = True,
+    route_scale: float = 1.0,
+    expert_bias: bool = False,
+    score_position: ScorePosition = "after",
+    router: Router | None = None,
+) -> MoE:
+    """A MoE layer from plain numbers.
+
+    Args:
+        embed_dim: d.
+        expert_hidden_dim: h of one routed expert.
+        num_experts: e.
+        experts_per_token: k.
+        shared_hidden_dim: width of the shared experts together; None: none.
+        shared_gate: gate the shared experts with a sigmoid (Qwen2-MoE).
+        score_function, normalize_weights, route_scale, expert_bias: of
+            ``TokenChoiceTopKRouter``.
+        score_position: of ``MoE``.
+        router: a router of one's own instead of the token-choice one; the arguments that would
+            have described that one are then unused.
+    """
+    if router is None:
+        router = TokenChoiceTopKRouter(
+            dim=embed_dim,
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
+            score_function=score_function,
+            normalize_weights=normalize_weights,
+            route_scale=route_scale,
+            expert_bias=expert_bias,
+        )
+    elif router.num_experts != num_experts:
+        raise InputError(
+            f"the router serves {router.num_experts} experts, but num_experts is {num_experts}"
+        )
+    shared = None
+    if shared_hidden_dim is not None:
+        shared = shared_experts(embed_dim=embed_dim, shared_hidden_dim=shared_hidden_dim)
+    return MoE(
+        router=router,
+        experts=moe_experts(
+            embed_dim=embed_dim, expert_hidden_dim=expert_hidden_dim, num_experts=num_experts
+        ),
+        shared_experts=shared,
+        shared_gate=nn.Linear(embed_dim, 1, bias=False) if shared_gate else None,
+        score_position=score_position,
+    )

@@ -1,0 +1,1 @@
+"""Plain tensors in, plain tensors out; every fast path has a readable twin beside it."""

@@ -1,0 +1,1 @@
+"""The only folder that knows of processes: world, sharding plan, global norm."""

@@ -1,0 +1,28 @@
+"""Run a recipe's main from the command line: a user's mistake is one sentence, not a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from moe_builders.errors import InputError
+
+
+def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
+    """Parse the command line, run, and turn an InputError into a sentence and exit code 2.
+
+    Args:
+        main: the recipe.
+        parse: gives its configuration.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        main(parse())
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{where}error: {error}", file=sys.stderr)  # noqa: T201 the user's terminal
+        return 2
+    return 0

@@ -1,0 +1,113 @@
+"""Who takes part: rank, size, device and mesh, launched by torchrun or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe_builders.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, from the view of one.
+
+    Attributes:
+        rank: this process, 0 … size-1.
+        size: number of processes.
+        device: where this process computes.
+        mesh: axes ("dp_shard",) or ("dp_replicate", "dp_shard"); the data is split over all.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints, logs and writes."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all processes, in place (on the compute device); no host sync."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def open_world(
+    *,
+    device: str = "auto",
+    dp_replicate: int = 1,
+    dp_shard: int = -1,
+    timeout_minutes: float = 30.0,
+) -> Iterator[World]:
+    """Join the processes that torchrun launched, or be the only one; leave them at the end.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (cuda if there is one).
+        dp_replicate: how many copies of the sharded model.
+        dp_shard: over how many processes each copy is sharded; -1: all that remain.
+        timeout_minutes: after which a collective that a process does not join is an error.
+
+    Raises:
+        InputError: no such device, or the axes do not multiply to the number of processes.
+    """
+    kind = _device_type(device)
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    shape = _mesh_shape(size, dp_replicate, dp_shard)
+    own_device = torch.device(kind)
+    if kind == "cuda":
+        own_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_device)
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+    try:
+        names = ("dp_replicate", "dp_shard") if len(shape) == 2 else ("dp_shard",)
+        yield World(rank, size, own_device, init_device_mesh(kind, shape, mesh_dim_names=names))
+    finally:
+        if joined_here:
+            dist.destroy_process_group()
+
+
+def _device_type(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {device!r} is not one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is 'cuda', but torch finds none here: set device=cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _mesh_shape(size: int, dp_replicate: int, dp_shard: int) -> tuple[int, ...]:
+    if dp_replicate < 1 or size % dp_replicate:
+        raise InputError(
+            f"dp_replicate is {dp_replicate}, but must divide the number of processes ({size})"
+        )
+    per_copy = size // dp_replicate
+    if dp_shard not in (-1, per_copy):
+        raise InputError(
+            f"dp_replicate ({dp_replicate}) × dp_shard ({dp_shard}) is not the number of "
+            f"processes ({size}): set dp_shard to {per_copy} or -1, or launch "
+            f"{dp_replicate * max(dp_shard, 1)}"
+        )
+    return (dp_replicate, per_copy) if dp_replicate > 1 else (per_copy,)

@@ -1,0 +1,1 @@
+"""Helpers that recipes wire together; each is a plain function or a small value."""

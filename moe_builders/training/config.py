@@ -1,0 +1,190 @@
+"""The recipe's configuration: every key with type, unit and default; unknown ones are refused."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from moe_builders.errors import InputError
+from moe_builders.instantiate import did_you_mean
+
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass
+class RouterLossConfig:
+    """Losses on the routing; a coefficient of 0 switches one off."""
+
+    load_balancing_coef: float = 0.0
+    load_balancing_scope: str = "sequence"  # sequence | micro | global
+    global_exact: bool = False  # scope global: count a whole step first (one more forward)
+    z_coef: float = 0.0
+    mask: str = "padding"  # which tokens count: padding = all real ones | labels = labelled ones
+
+
+@dataclass
+class RecipeConfig:
+    """Configuration of ``moe_full_finetune``; names as in torchtune where it has the key."""
+
+    output_dir: str = MISSING  # config.yaml, logs/ and model/ are written here
+    base_model: str | None = None  # HF folder, or a folder that a run saved under our own names
+    model: Any = None  # component; null: what base_model's config.json says
+    init_std: float | None = 0.02  # of a model without base_model; null: as its modules drew it
+    tokenizer: Any = None  # component; null: of base_model
+
+    dataset: Any = MISSING  # component, or a list of them
+    dataset_val: Any = None  # component, or a list of them
+    max_seq_len: int = 2048  # tokens; longest row
+    shuffle: bool = True
+    num_workers: int = 0  # processes that prepare batches ahead
+    pad_to_multiple_of: int = 1  # tokens; rows that are not packed are rounded up to it
+
+    batch_size: int = 1  # rows of a micro-batch on one process
+    gradient_accumulation_steps: int = 1  # micro-batches a step
+    epochs: int = 1
+    max_steps: int | None = None  # optimizer steps in all; null: as the epochs give
+    seed: int = 0
+
+    optimizer: Any = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 2e-5})
+    lr_scheduler: Any = None  # component; gets the optimizer and num_training_steps
+    clip_grad_norm: float | None = 1.0  # null: no clipping
+    router_losses: RouterLossConfig = field(default_factory=RouterLossConfig)
+
+    device: str = "auto"  # auto | cpu | cuda
+    param_dtype: str = "fp32"  # storage: fp32 | bf16 | fp64
+    compute_dtype: str = "fp32"  # forward and backward: fp32 | bf16 | fp16 | fp64
+    dp_replicate: int = 1  # copies of the sharded model
+    dp_shard: int = -1  # processes that share one copy; -1: all that remain
+    reshard_after_forward: bool = True  # free gathered layers between forward and backward
+    enable_activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile each layer; needs a C++ compiler
+
+    metric_logger: Any = None  # component, or a list of them; null: a file under output_dir/logs
+    log_every_n_steps: int = 1
+    run_val_every_n_steps: int | None = None  # null: before the first and after the last step
+
+
+def configs_root() -> Path:
+    """The folder of built-in configs: in a wheel inside the package, else the repository's."""
+    package = Path(__file__).parents[1]
+    packed = package / "_configs"
+    return packed if packed.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A config file's path, or a built-in config by name (``family/name``).
+
+    Raises:
+        InputError: neither; the built-in names are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    root = configs_root()
+    built_in = root / f"{name.removesuffix('.yaml')}.yaml"
+    if built_in.is_file():
+        return built_in
+    names = sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+    raise InputError(
+        f"config {name!r} is neither a file nor a built-in name{did_you_mean(name, names)}; "
+        f"built-in are: {', '.join(names)}"
+    )
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> RecipeConfig:
+    """``--config NAME [key=value ...] [~key ...]`` as a typed configuration.
+
+    Args:
+        argv: arguments without the program's name; None: the process's own.
+
+    Raises:
+        InputError: an unknown config, key or type; each in one sentence.
+    """
+    parser = argparse.ArgumentParser(description="key=value overrides follow the config.")
+    parser.add_argument("--config", required=True, help="a YAML file or a built-in name")
+    known, overrides = parser.parse_known_args(argv)
+    return load_config(find_config(known.config), overrides)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RecipeConfig:
+    """A YAML file with overrides as a typed configuration; see ``parse_command_line``."""
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml has many error classes without a common public base
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path} must hold key: value pairs")
+    for override in overrides:
+        if override.startswith("~"):
+            OmegaConf.update(loaded, override[1:], None)
+            continue
+        key, equals, value = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise InputError(f"{override!r} is not an override: write key=value")
+        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+        try:
+            OmegaConf.update(loaded, key, parsed)
+        except OmegaConfBaseException as error:
+            raise InputError(f"{key} cannot be set: {_one_line(error)}") from error
+    return check_config(loaded)
+
+
+def check_config(values: DictConfig) -> RecipeConfig:
+    """Match keys and types against ``RecipeConfig`` and its allowed words.
+
+    Raises:
+        InputError: unknown key, wrong type, missing value, or a word that is not allowed.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RecipeConfig), values)
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise InputError(f"the config lacks a value for {error.full_key}") from error
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = RecipeConfig.__dataclass_fields__ | RouterLossConfig.__dataclass_fields__
+        near = did_you_mean(key.rpartition(".")[2], known)
+        raise InputError(f"unknown key {key!r} in the config{near}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {_one_line(error)}") from error
+    assert isinstance(config, RecipeConfig)
+    _check_words(config)
+    return config
+
+
+def _check_words(config: RecipeConfig) -> None:
+    losses = config.router_losses
+    allowed = {
+        "param_dtype": (config.param_dtype, ("fp32", "bf16", "fp64")),
+        "compute_dtype": (config.compute_dtype, tuple(DTYPES)),
+        "device": (config.device, ("auto", "cpu", "cuda")),
+        "router_losses.load_balancing_scope": (
+            losses.load_balancing_scope, ("sequence", "micro", "global")),
+        "router_losses.mask": (losses.mask, ("padding", "labels")),
+    }  # fmt: skip
+    for key, (value, words) in allowed.items():
+        if value not in words:
+            raise InputError(f"{key} is {value!r}, but must be one of {', '.join(words)}")
+    at_least_one = {
+        "max_seq_len": config.max_seq_len, "epochs": config.epochs, "max_steps": config.max_steps,
+        "log_every_n_steps": config.log_every_n_steps,
+        "run_val_every_n_steps": config.run_val_every_n_steps,
+        "pad_to_multiple_of": config.pad_to_multiple_of,
+    }  # fmt: skip
+    for key, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise InputError(f"{key} is {value}, but must be at least 1")
+    if losses.global_exact and losses.load_balancing_scope != "global":
+        raise InputError(
+            "router_losses.global_exact goes with router_losses.load_balancing_scope=global"
+        )
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    return str(error.msg or error).strip().splitlines()[0]

@@ -1,0 +1,124 @@
+"""Small runs of the real recipe, in this process or on spawned gloo ranks."""
+
+import os
+import socket
+
+import moe_full_finetune as recipe
+import torch
+import torch.multiprocessing as mp
+from omegaconf import OmegaConf
+
+from moe_builders.data.loader import training_steps
+from moe_builders.losses import IGNORE_INDEX
+from moe_builders.moe import collect_routing
+from moe_builders.parallel.sharding import whole_tensor
+from moe_builders.parallel.world import open_world
+from moe_builders.training.config import check_config
+
+VOCAB = 64
+
+
+class RaggedDataset:
+    """Documents of unequal length with unequal numbers of labels; one has none at all."""
+
+    def __init__(self, tokenizer, num_samples=80, seed=0):
+        stream = torch.Generator().manual_seed(seed)
+        self.samples = []
+        for number in range(num_samples):
+            length = int(torch.randint(3, 25, (), generator=stream))
+            tokens = torch.randint(0, VOCAB, (length,), generator=stream)
+            share = 0.0 if number == 5 else float(torch.rand((), generator=stream))
+            hidden = torch.rand(length, generator=stream) > share
+            labels = tokens.masked_fill(hidden, IGNORE_INDEX)
+            self.samples.append({"tokens": tokens.tolist(), "labels": labels.tolist()})
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+class NoTokenizer:
+    """Enough of a tokenizer for data that is tokens already; pads with a real token's id."""
+
+    pad_id = 3
+    max_seq_len = None
+
+
+def config(output_dir, **changes):
+    """A configuration of the recipe for a tiny model, with keys changed by dotted name."""
+    values = OmegaConf.create({
+        "output_dir": str(output_dir),
+        "model": {"_component_": "moe_builders.families.qwen3_moe.qwen3_moe_tiny",
+                  "vocab_size": VOCAB},
+        "init_std": 0.3,  # wide router margins: rounding flips no choice
+        "tokenizer": {"_component_": "helpers_train.NoTokenizer"},
+        "dataset": {"_component_": "helpers_train.RaggedDataset"},
+        "max_seq_len": 32,
+        "batch_size": 4,
+        "device": "cpu",
+        "router_losses": {"load_balancing_coef": 0.1, "z_coef": 0.01},
+    })  # fmt: skip
+    for key, value in changes.items():
+        OmegaConf.update(values, key.replace("__", "."), value)
+    return check_config(values)
+
+
+def first_step(cfg):
+    """Gradients, losses and router margin of the first step, gathered to whole tensors."""
+    with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate) as world:
+        torch.manual_seed(cfg.seed)
+        model = recipe.build_model(cfg, world).model
+        loader, sampler = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
+        step = next(training_steps(loader, sampler, epochs=1))
+        values = recipe.train_step(model, step, cfg, world)
+        gradients = {n: whole_tensor(p.grad).clone() for n, p in model.named_parameters()}
+        margins = []
+        for routing in collect_routing(model).values():
+            top = routing.probs.topk(3).values[routing.info.mask]  # k = 2 and the first left out
+            margins.append((top[:, 1] - top[:, 2]).min())
+        return {
+            "values": {k: v.clone() for k, v in values.items()},
+            "gradients": gradients,
+            "margin": float(torch.stack(margins).min()),
+        }
+
+
+def losses_and_weights(cfg):
+    """Losses of every step, and the weights that were saved at the end."""
+    from safetensors.torch import load_file
+
+    trained = recipe.main(cfg)
+    if not (trained.model_folder / "model.safetensors").exists():
+        return {"loss": [v["loss"] for v in trained.history]}
+    return {
+        "loss": [v["loss"] for v in trained.history],
+        "norm": [v["grad_norm"] for v in trained.history],
+        "weights": load_file(trained.model_folder / "model.safetensors"),
+    }
+
+
+def on_ranks(size, cases, folder):
+    """Run {name: (function name, config)} on freshly spawned gloo ranks, all in one launch.
+
+    Returns:
+        {name: what rank 0 got}; the other ranks' answers must have been equal.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_rank, args=(size, port, cases, str(folder)), nprocs=size)
+    return torch.load(f"{folder}/ranks{size}.pt", weights_only=False)
+
+
+def _rank(rank, size, port, cases, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    answers = {}
+    for name, (function, cfg) in cases.items():
+        answers[name] = globals()[function](cfg)
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    if rank == 0:
+        torch.save(answers, f"{folder}/ranks{size}.pt")
