@@ -9,7 +9,7 @@ OUT ?= out/python_stdlib
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install train test test-full check format clean
+.PHONY: install train test test-full check format docs clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build -d out/site
 
 clean:
 	rm -rf out dist .pytest_cache .ruff_cache

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from moe_builders.checkpoint.own import is_own_folder, load_model, save_model
+from moe_builders.checkpoint.folder import check_output_folder
+from moe_builders.checkpoint.own import MARKER_NAME, is_own_folder, load_model, save_model
 from moe_builders.decoder import MoEDecoder, initialize
 from moe_builders.errors import InputError
 from moe_builders.hub import (
@@ -83,6 +84,11 @@ def open_base_model(
                 "build: leave model out, or give a base_model that a run saved"
             )
         return BaseModel(build_hf_model(source, dtype=dtype), folder, source, None)
+    if component is None and folder is not None:
+        raise InputError(
+            f"base_model {folder} was saved under our own names, which do not say how to build "
+            f"it: set model to the component that its {MARKER_NAME} names"
+        )
     if component is None:
         raise InputError(
             "there is no model: set base_model to a Hugging Face folder, or model to a component"
@@ -94,6 +100,59 @@ def open_base_model(
     model = _store_as(instantiate(component, path="model"), dtype)
     initialize(model, seed=seed, std=init_std)
     return BaseModel(model.to(device), None, None, component)
+
+
+def check_output(output: str | Path, *, base_model: str | None) -> None:
+    """Refuse an output folder before any work is done if something there would be in the way.
+
+    A run writes config.yaml, logs/ and model/; a model/ of an earlier run is replaced.
+
+    Raises:
+        InputError: a file where a folder must be, or a model/ that is the base model or above it,
+            or that no run has written.
+    """
+    output = Path(output)
+    model = output / "model"
+    for folder in (output, output / "logs", model):
+        check_output_folder(folder)
+    if base_model is not None:
+        origin = Path(base_model).resolve()
+        if model.resolve() in (origin, *origin.parents):
+            raise InputError(
+                f"the trained model would be written to {model} and replace base_model "
+                f"{base_model}: choose another output_dir"
+            )
+    if model.is_dir() and any(model.iterdir()) and not (output / "config.yaml").is_file():
+        raise InputError(
+            f"{model} would be replaced, but no run has written it (there is no config.yaml beside "
+            "it): choose another output_dir"
+        )
+
+
+def check_fits(
+    model: MoEDecoder, *, max_seq_len: int | None = None, vocab_size: int | None = None
+) -> None:
+    """Compare a model with the data it is to be given.
+
+    Args:
+        model: as built.
+        max_seq_len: tokens of the longest row; None: not known.
+        vocab_size: the tokenizer's ids are below it; None: not known.
+
+    Raises:
+        InputError: rows too long, or ids without an embedding.
+    """
+    if max_seq_len is not None and max_seq_len > model.max_seq_len:
+        raise InputError(
+            f"max_seq_len is {max_seq_len}, but the model takes {model.max_seq_len} tokens at "
+            "most: lower max_seq_len"
+        )
+    rows = model.tok_embeddings.num_embeddings
+    if vocab_size is not None and vocab_size > rows:
+        raise InputError(
+            f"the tokenizer has {vocab_size} ids, but the model's vocabulary only {rows}: use the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def _store_as(model: Any, dtype: torch.dtype) -> MoEDecoder:

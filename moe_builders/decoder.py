@@ -8,7 +8,6 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +98,9 @@ class MoEDecoder(TransformerDecoder):
         """[b, s, d] -> logits; torchtune's own would round fp64 to fp32."""
         h = self.norm(h)
         if self.num_output_chunks > 0:
-            return self.chunked_output(h)
-        logits = cast("Callable[[Tensor], Tensor]", self.output)(h)  # [b, s, v]
+            return self.chunked_output(h)  # pyright: ignore (torch's decorator hides its type)
+        project: Callable[[Tensor], Tensor] = self.output  # pyright: ignore[reportAssignmentType]
+        logits = project(h)  # [b, s, v]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -174,7 +174,7 @@ def initial_value(name: str, like: Tensor, *, seed: int, std: float = 0.02) -> T
         std: of the matrices.
     """
     value = torch.zeros(like.shape, dtype=like.dtype)
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", ".scale")):  # torch's and torchtune's RMSNorm
         return value.fill_(1)
     if name.endswith("bias"):
         return value

@@ -11,6 +11,7 @@ Sizes: b rows · s positions · t = b·s tokens of a micro-batch · l layers wit
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from moe_builders.base_model import BaseModel, open_base_model
-from moe_builders.checkpoint.folder import check_output_folder
+from moe_builders.base_model import BaseModel, check_fits, check_output, open_base_model
 from moe_builders.data.batch import Batch
 from moe_builders.data.datasets import build_dataset
 from moe_builders.data.loader import StepSampler, make_loader, training_steps
@@ -62,6 +62,7 @@ def build_model(config: RecipeConfig, world: World) -> BaseModel:
         seed=config.seed,
         init_std=config.init_std,
     )
+    check_fits(base.model, max_seq_len=config.max_seq_len)
     base.model.activation_checkpointing = config.enable_activation_checkpointing
     if config.compile:
         compile_layers(base.model.layers)
@@ -214,7 +215,7 @@ def validate(model: nn.Module, loader: DataLoader[Batch], world: World) -> dict[
 def run(config: RecipeConfig, world: World) -> Trained:
     """Prepare everything, train, validate, save."""
     output = Path(config.output_dir)
-    check_output_folder(output)
+    check_output(output, base_model=config.base_model)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.base_model)
     loader, sampler = build_loader(config, world, tokenizer, validation=False)
@@ -226,13 +227,15 @@ def run(config: RecipeConfig, world: World) -> Trained:
         num_steps = min(num_steps, config.max_steps)
     base = build_model(config, world)
     model = base.model
+    # a tokenizer of one's own need not tell
+    check_fits(model, vocab_size=getattr(tokenizer, "vocab_size", None))
     optimizer = build_optimizer(config.optimizer, model)
     scheduler = build_scheduler(config.lr_scheduler, optimizer, num_steps=num_steps)
     loggers = []
     if world.is_first:
+        loggers = build_loggers(config.metric_logger, output_dir=config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), output / "config.yaml")
-        loggers = build_loggers(config.metric_logger, output_dir=config.output_dir)
     reporter = Reporter(
         loggers, total=num_steps, every=config.log_every_n_steps, show=world.is_first
     )
@@ -248,21 +251,25 @@ def run(config: RecipeConfig, world: World) -> Trained:
         reporter.log(values, step)
         reporter.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
-    validation_at(0)
-    started = time.perf_counter()
-    for number, step in enumerate(training_steps(loader, sampler, epochs=config.epochs), start=1):
-        values = train_step(model, step, config, world)
-        rate = optimizer.param_groups[0]["lr"]
-        values["grad_norm"] = update(model, optimizer, scheduler, config)
-        report(reporter, number, values, rate, time.perf_counter() - started, world)
+    steps, every = (
+        training_steps(loader, sampler, epochs=config.epochs),
+        config.run_val_every_n_steps,
+    )
+    with closing(reporter):  # also when a step fails: the bar must not swallow the message
+        validation_at(0)
         started = time.perf_counter()
-        last = number == num_steps
-        if last or (config.run_val_every_n_steps and number % config.run_val_every_n_steps == 0):
-            validation_at(number)
+        for number, step in enumerate(steps, start=1):
+            values = train_step(model, step, config, world)
+            rate = optimizer.param_groups[0]["lr"]
+            values["grad_norm"] = update(model, optimizer, scheduler, config)
+            report(reporter, number, values, rate, time.perf_counter() - started, world)
             started = time.perf_counter()
-        if last:
-            break
-    reporter.close()
+            last = number == num_steps
+            if last or (every and number % every == 0):
+                validation_at(number)
+                started = time.perf_counter()
+            if last:
+                break
     folder = output / "model"
     base.save(folder, write=world.is_first)
     world.barrier()

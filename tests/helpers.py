@@ -47,6 +47,7 @@ def assert_same_bits(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 def assert_near(got: Tensor, wanted: Tensor, limit: float, what: str = "") -> None:
     """max|Δ| / max|wanted| ≤ limit; shapes and dtypes equal."""
+    got, wanted = got.detach(), wanted.detach()
     assert got.shape == wanted.shape, what
     assert got.dtype == wanted.dtype, what
     scale = wanted.abs().max().clamp(min=1e-30) if wanted.numel() else 1

@@ -58,6 +58,7 @@ def config(output_dir, **changes):
         "max_seq_len": 32,
         "batch_size": 4,
         "device": "cpu",
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
         "router_losses": {"load_balancing_coef": 0.1, "z_coef": 0.01},
     })  # fmt: skip
     for key, value in changes.items():
@@ -76,7 +77,7 @@ def first_step(cfg):
         gradients = {n: whole_tensor(p.grad).clone() for n, p in model.named_parameters()}
         margins = []
         for routing in collect_routing(model).values():
-            top = routing.probs.topk(3).values[routing.info.mask]  # k = 2 and the first left out
+            top = routing.probs.detach().topk(3).values[routing.info.mask]  # k is 2
             margins.append((top[:, 1] - top[:, 2]).min())
         return {
             "values": {k: v.clone() for k, v in values.items()},

@@ -105,7 +105,7 @@ def test_each_tensor_keeps_its_own_dtype(folder, tmp_path):
 
 def test_a_second_export_replaces_the_first(folder, tmp_path):
     model, source = load_hf_model(folder)
-    (tmp_path / "export").mkdir()
+    save_hf_model(model, tmp_path / "export", source=source)
     (tmp_path / "export" / "stale.txt").write_text("old")
     save_hf_model(model, tmp_path / "export", source=source)
     assert not (tmp_path / "export" / "stale.txt").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_helpers import assert_equal_tensors, load_hf, read_tensors
-from transformers import Qwen3MoeConfig
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe_builders.checkpoint.folder import TensorFolder
 from moe_builders.checkpoint.stream import model_shapes
@@ -150,6 +150,19 @@ def test_defaults_of_a_config_are_those_of_transformers():
     assert found["tie_word_embeddings"] is default.tie_word_embeddings
     assert found["norm_eps"] == default.rms_norm_eps
     assert list(found["dense_layers"]) == default.mlp_only_layers
+
+
+@pytest.mark.parametrize(
+    ("step", "only"), [(1, []), (2, []), (3, []), (1, [0, 1]), (2, [1, 4]), (9, [])]
+)
+def test_dense_layers_are_those_of_transformers(step, only):
+    fields = {"num_hidden_layers": 6, "decoder_sparse_step": step, "mlp_only_layers": only}
+    config = small_config() | fields
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
+    kinds = [type(layer.mlp).__name__ for layer in model.model.layers]
+    dense = tuple(n for n, kind in enumerate(kinds) if kind == "Qwen3MoeMLP")
+    assert qwen3_moe.builder_arguments(config)["dense_layers"] == dense
 
 
 def test_extra_keys_of_the_coder_releases_are_known():

@@ -122,6 +122,19 @@ def test_mid_equals_after_with_expert_biases_too():
     assert (outputs[2] - outputs[1]).abs().max() > 1e-2  # "before" is another model
 
 
+@pytest.mark.parametrize("score_position", POSITIONS)
+def test_the_weight_multiplies_at_its_position(score_position):
+    moe, seen = moe_of(score_position), []
+    moe.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    x = torch.randn(7, D, dtype=torch.float64)
+    moe(x)
+    (rows, counts, row_weights), routing = seen[0], moe.last_routing
+    scale = routing.weights[:, None] if score_position == "before" else 1
+    assert torch.equal(rows, x[routing.token_index] * scale)
+    assert torch.equal(counts, routing.num_tokens_per_expert)
+    assert row_weights is (routing.weights if score_position == "mid" else None)
+
+
 def test_batches_are_rows_of_tokens():
     moe = moe_of(shared="gated")
     x = torch.randn(3, 4, D, dtype=torch.float64)

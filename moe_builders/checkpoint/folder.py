@@ -131,16 +131,21 @@ def write_tensors(
 
 @contextmanager
 def publish(path: str | Path, *, write: bool = True) -> Iterator[Path]:
-    """Write a folder aside and move it to its name when complete; an older one is replaced then.
+    """Write a model folder aside, move it to its name when complete; an older one is replaced then.
 
     Yields:
         The folder to write into (with ``write`` False: a path that must not be touched).
 
     Raises:
-        InputError: the path is a file.
+        InputError: the path is a file, or a folder that holds things but no model.
     """
     path = Path(path).resolve()  # beside the folder itself, not beside a link to it
     check_output_folder(path)
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise InputError(
+            f"{path} would be replaced, but holds other files and no model: "
+            "choose another output path"
+        )
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if not write:
         yield partial

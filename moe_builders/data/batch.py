@@ -69,7 +69,7 @@ class Batch:
 
 def shift_labels(labels: Sequence[int]) -> list[int]:
     """torchtune's labels (the token itself) -> the next token to predict; the last has none."""
-    return [*labels[1:], IGNORE_INDEX]
+    return [*labels[1:], IGNORE_INDEX] if len(labels) else []
 
 
 def collate(

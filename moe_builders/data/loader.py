@@ -81,7 +81,8 @@ class StepSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(self.num_samples))
         if self.shuffle:
-            stream = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            number = (self.seed * 1_000_003 + self.epoch) % 2**63  # what manual_seed can take
+            stream = torch.Generator().manual_seed(number)
             order = torch.randperm(self.num_samples, generator=stream).tolist()
         order += [_NO_SAMPLE] * (self.num_steps * self.samples_per_step - self.num_samples)
         per_micro_batch = self.size * self.batch_size

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from moe_builders.data.batch import shift_labels
 from moe_builders.errors import InputError
+from moe_builders.instantiate import first_line
 
 
 class SizedDataset(Protocol):
@@ -18,30 +19,58 @@ class SizedDataset(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
+def read_sample(dataset: SizedDataset, index: int, path: str) -> tuple[list[int], list[int]]:
+    """(tokens, labels) of one sample, as torchtune leaves them: a label is the token itself.
+
+    Args:
+        dataset: torchtune samples.
+        index: which.
+        path: where in the config the data set stands, for messages.
+
+    Raises:
+        InputError: a row that the data set's own transforms cannot read, or not such a sample.
+    """
+    where = f"{path}: sample {index}"
+    try:
+        sample = dataset[index]
+    except KeyError as error:
+        columns = getattr(getattr(dataset, "_data", None), "column_names", None)
+        there = f"; its columns are {', '.join(columns)}" if columns else ""
+        raise InputError(f"{where} has no {first_line(error)}{there}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError) as error:
+        raise InputError(f"{where} cannot be used: {first_line(error)}") from error
+    if not isinstance(sample, Mapping) or not {"tokens", "labels"} <= set(sample):
+        found = sorted(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        raise InputError(f"{where} must hold 'tokens' and 'labels', but is {found}")
+    tokens, labels = list(sample["tokens"]), list(sample["labels"])
+    if len(tokens) != len(labels):
+        raise InputError(f"{where} has {len(tokens)} tokens, but {len(labels)} labels")
+    return tokens, labels
+
+
 class ShiftedDataset(Dataset):
     """One document a sample: labels become the next token, the length is noted.
 
     Args:
         dataset: torchtune samples.
         max_seq_len: longer samples are refused.
+        path: where in the config the data set stands, for messages.
     """
 
-    def __init__(self, dataset: SizedDataset, *, max_seq_len: int) -> None:
-        self.dataset, self.max_seq_len = dataset, max_seq_len
+    def __init__(self, dataset: SizedDataset, *, max_seq_len: int, path: str = "dataset") -> None:
+        self.dataset, self.max_seq_len, self.path = dataset, max_seq_len, path
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.dataset[index]
-        tokens = sample["tokens"]
+        tokens, labels = read_sample(self.dataset, index, self.path)
         if len(tokens) > self.max_seq_len:
             raise InputError(
-                f"sample {index} has {len(tokens)} tokens, but max_seq_len is {self.max_seq_len}: "
-                "raise max_seq_len, or cut the sample"
+                f"{self.path}: sample {index} has {len(tokens)} tokens, but max_seq_len is "
+                f"{self.max_seq_len}: raise max_seq_len, or cut the sample"
             )
-        labels = shift_labels(sample["labels"])
-        return {"tokens": tokens, "labels": labels, "lengths": [len(tokens)]}
+        return {"tokens": tokens, "labels": shift_labels(labels), "lengths": [len(tokens)]}
 
 
 class PackedDataset(Dataset):
@@ -56,24 +85,30 @@ class PackedDataset(Dataset):
         max_seq_len: length of a row.
         split_across_pack: fill each row to the end and go on with the rest of the document in the
             next row; False: a document that does not fit starts a new row.
+        path: where in the config the data set stands, for messages.
 
     Raises:
         InputError: a document longer than a row that may not be split.
     """
 
     def __init__(
-        self, dataset: SizedDataset, *, max_seq_len: int, split_across_pack: bool = True
+        self,
+        dataset: SizedDataset,
+        *,
+        max_seq_len: int,
+        split_across_pack: bool = True,
+        path: str = "dataset",
     ) -> None:
         self.max_seq_len = max_seq_len
         self.rows: list[dict[str, Any]] = []
         row: dict[str, list[int]] = {"tokens": [], "labels": [], "lengths": []}
         for index in range(len(dataset)):
-            sample = dataset[index]
-            tokens, labels = list(sample["tokens"]), shift_labels(sample["labels"])
+            tokens, labels = read_sample(dataset, index, path)
+            labels = shift_labels(labels)
             if not split_across_pack and len(tokens) > max_seq_len:
                 raise InputError(
-                    f"sample {index} has {len(tokens)} tokens, but a row holds {max_seq_len}: "
-                    "raise max_seq_len, or set dataset.split_across_pack to true"
+                    f"{path}: sample {index} has {len(tokens)} tokens, but a row holds "
+                    f"{max_seq_len}: raise max_seq_len, or set split_across_pack to true"
                 )
             start = 0
             while start < len(tokens):

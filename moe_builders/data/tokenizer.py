@@ -4,18 +4,17 @@ Letters: n tokens of a sample.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
 
+from moe_builders.data.chat_template import Span, render, render_with_spans
 from moe_builders.errors import InputError
-from moe_builders.instantiate import instantiate
+from moe_builders.instantiate import first_line, instantiate
 
 
 class HFTokenizer:
@@ -32,42 +31,47 @@ class HFTokenizer:
 
     def __init__(self, path: str | Path, max_seq_len: int | None = None) -> None:
         folder = Path(path)
-        if not (folder / "tokenizer.json").is_file():
-            raise InputError(f"{folder} has no tokenizer.json")
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = _read_tokenizer(folder)
         config = _read_json(folder / "tokenizer_config.json")
         generation = _read_json(folder / "generation_config.json")
         self.max_seq_len = max_seq_len
         self.bos_id = self._special_id(config.get("bos_token"))
+        # some folders name a bos that their own tokenizer does not write
+        self.adds_bos = self.bos_id is not None and config.get("add_bos_token") is not False
         eos = self._special_id(config.get("eos_token"))
         if eos is None:  # some folders name it only here; a list means any of them ends a text
             ids = generation.get("eos_token_id")
-            eos = ids[0] if isinstance(ids, list) else ids
+            eos = next(iter(ids), None) if isinstance(ids, list) else ids
         self.eos_id: int | None = eos
         pad = self._special_id(config.get("pad_token"))
         # which id pads is of no consequence: padding is masked by length, never by id
         self.pad_id: int = pad if pad is not None else (eos if eos is not None else 0)
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
         self.special_tokens = {
             token.content: number
             for number, token in self.tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
+        ends = {*self.special_tokens, self.tokenizer.id_to_token(eos) if eos is not None else None}
+        words = "|".join(re.escape(end) for end in sorted(ends - {None}, key=len, reverse=True))
+        self._end_token = re.compile(rf"\s*(?:{words})") if words else None
         template_file = folder / "chat_template.jinja"
         self.chat_template: str | None = (
-            template_file.read_text()
+            template_file.read_text(encoding="utf-8")
             if template_file.is_file()
             else _default_template(config.get("chat_template"))
         )
-        self._template_names = {
+        named = {
             name: self._token_text(config.get(name))
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
+        # one that is null must be undefined to a template: None would be written as "None"
+        self._template_names = {name: text for name, text in named.items() if text is not None}
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """Text -> token ids; bos only if the folder names one."""
+        """Text -> token ids; bos only if the folder names one and does not switch it off."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if add_bos and self.bos_id is not None:
+        if add_bos and self.adds_bos:
             ids = [self.bos_id, *ids]
         if add_eos and self.eos_id is not None:
             ids = [*ids, self.eos_id]
@@ -91,16 +95,20 @@ class HFTokenizer:
 
         Raises:
             InputError: no chat template, or one that rewrites contents, so that it cannot be told
-                which of its text is the assistant's.
+                which of its text is the assistant's; or messages that are more than text.
         """
+        if any(message.contains_media for message in messages):
+            raise InputError("a message holds an image, but only text can be trained on")
         contents = [message.text_content for message in messages]
         roles = [message.role for message in messages]
-        text, spans = self._render_with_spans(roles, contents)
-        trained = [
-            self._with_end_token(text, span)
-            for span, message in zip(spans, messages, strict=True)
-            if not message.masked
-        ]
+        text, spans = render_with_spans(
+            self._template(), roles, contents, names=self._template_names
+        )
+        trained = []
+        for message, places in zip(messages, spans, strict=True):
+            if not message.masked and not places:
+                raise InputError(f"the chat template leaves a message of {message.role!r} out")
+            trained += [] if message.masked else [self._with_end_token(text, s) for s in places]
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         mask = [
             not any(start < last and end > first for first, last in trained)
@@ -122,57 +130,26 @@ class HFTokenizer:
         Raises:
             InputError: there is no template, or it refuses these messages.
         """
+        return render(
+            self._template(),
+            messages,
+            names=self._template_names,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _template(self) -> str:
         if self.chat_template is None:
             raise InputError(
                 "the tokenizer's folder has no chat template (chat_template in "
                 "tokenizer_config.json, or chat_template.jinja), which chat data needs"
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **kwargs: json.dumps(
-            value, ensure_ascii=False, **kwargs
-        )
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self._template_names,
-            )
-        except TemplateError as error:
-            raise InputError(f"the chat template refuses this conversation: {error}") from error
+        return self.chat_template
 
-    def _render_with_spans(
-        self, roles: Sequence[str], contents: Sequence[str]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text and where in it each message's content stands.
-
-        Rendered a second time with a mark in place of each content, which shows the template's
-        own text around them; the two must agree.
-        """
-        marks = [f"\ue000{number}\ue001" for number in range(len(roles))]
-        text = self.render(_as_dicts(roles, contents))
-        skeleton = self.render(_as_dicts(roles, marks))
-        for inserted in (contents, [content.strip() for content in contents]):
-            rebuilt, spans = "", []
-            rest = skeleton
-            for mark, content in zip(marks, inserted, strict=True):
-                before, _, rest = rest.partition(mark)
-                spans.append((len(rebuilt) + len(before), len(rebuilt + before + content)))
-                rebuilt += before + content
-            if rebuilt + rest == text:
-                return text, spans
-        raise InputError(
-            "the chat template changes the contents of messages, so the assistant's part cannot "
-            "be told from the rest: use a template that inserts contents as they are"
-        )
-
-    def _with_end_token(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+    def _with_end_token(self, text: str, span: Span) -> Span:
+        """The span with the special token behind it; some templates put a space in between."""
         start, end = span
-        for token in self.special_tokens:
-            if text.startswith(token, end):
-                return start, end + len(token)
-        return span
+        token = self._end_token.match(text, end) if self._end_token is not None else None
+        return (start, end) if token is None else (start, token.end())
 
     def _special_id(self, token: str | Mapping[str, Any] | None) -> int | None:
         text = self._token_text(token)
@@ -212,18 +189,30 @@ def _default_template(template: str | list[dict[str, str]] | None) -> str | None
     return template
 
 
-def _as_dicts(roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, str]]:
-    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder} has no tokenizer.json: name a folder that has one in tokenizer.path "
+            "(with tokenizer._component_: moe_builders.data.tokenizer.HFTokenizer)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(
+            f"{folder / 'tokenizer.json'} cannot be read: {first_line(error)}"
+        ) from error
+    tokenizer.no_truncation()  # a folder may keep both from somebody's training run
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a JSON object, but a {type(values).__name__}")
+    return values

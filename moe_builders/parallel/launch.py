@@ -23,6 +23,14 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
     except InputError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{where}error: {error}", file=sys.stderr)  # noqa: T201 the user's terminal
+        print(f"{where}error: {_sentence(error)}", file=sys.stderr)  # noqa: T201 the user's terminal
         return 2
     return 0
+
+
+def _sentence(error: InputError) -> str:
+    """The message in one line; a data loader's process wraps it in its whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    name = f"{InputError.__module__}.{InputError.__qualname__}: "
+    own = [line.removeprefix(name) for line in lines if line.startswith(name)]
+    return own[-1] if own else " ".join(lines)

@@ -67,18 +67,18 @@ def open_world(
         InputError: no such device, or the axes do not multiply to the number of processes.
     """
     kind = _device_type(device)
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    shape = _mesh_shape(size, dp_replicate, dp_shard)
-    own_device = torch.device(kind)
-    if kind == "cuda":
-        own_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(own_device)
     joined_here = not dist.is_initialized()
+    launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
+    size, rank = 1, 0
+    if not joined_here:
+        size, rank = dist.get_world_size(), dist.get_rank()
+    elif launched:
+        size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    shape = _mesh_shape(size, dp_replicate, dp_shard)
+    own_device = _own_device(kind)
     if joined_here:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        alone = (
-            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        )
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     try:
         names = ("dp_replicate", "dp_shard") if len(shape) == 2 else ("dp_shard",)
@@ -96,6 +96,19 @@ def _device_type(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def _own_device(kind: str) -> torch.device:
+    if kind != "cuda":
+        return torch.device(kind)
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        raise InputError(
+            f"process {number} of this machine has no GPU, as there are only {there}: launch "
+            f"--nproc_per_node {there}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _mesh_shape(size: int, dp_replicate: int, dp_shard: int) -> tuple[int, ...]:

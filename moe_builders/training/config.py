@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from moe_builders.errors import InputError
-from moe_builders.instantiate import did_you_mean
+from moe_builders.instantiate import did_you_mean, first_line
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
@@ -97,22 +97,34 @@ def find_config(name: str) -> Path:
     )
 
 
-def parse_command_line(argv: Sequence[str] | None = None) -> RecipeConfig:
+def parse_command_line(
+    argv: Sequence[str] | None = None, schema: type[RecipeConfig] = RecipeConfig
+) -> RecipeConfig:
     """``--config NAME [key=value ...] [~key ...]`` as a typed configuration.
+
+    As in torchtune, ``optimizer=x.y`` exchanges a component and keeps its arguments, and
+    ``~optimizer.fused`` takes an argument out; ``~key`` sets one of the recipe's own keys to null.
 
     Args:
         argv: arguments without the program's name; None: the process's own.
+        schema: ``RecipeConfig``, or a recipe's own dataclass derived from it with more keys.
 
     Raises:
         InputError: an unknown config, key or type; each in one sentence.
     """
-    parser = argparse.ArgumentParser(description="key=value overrides follow the config.")
-    parser.add_argument("--config", required=True, help="a YAML file or a built-in name")
+    parser = argparse.ArgumentParser(
+        description="key=value overrides follow the config.", allow_abbrev=False
+    )
+    parser.add_argument("--config", nargs="?", help="a YAML file or a built-in name")
     known, overrides = parser.parse_known_args(argv)
-    return load_config(find_config(known.config), overrides)
+    if known.config is None:
+        raise InputError("--config is missing: give it a YAML file or a built-in name")
+    return load_config(find_config(known.config), overrides, schema)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RecipeConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), schema: type[RecipeConfig] = RecipeConfig
+) -> RecipeConfig:
     """A YAML file with overrides as a typed configuration; see ``parse_command_line``."""
     try:
         loaded = OmegaConf.load(path)
@@ -121,34 +133,49 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RecipeConfig:
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path} must hold key: value pairs")
     for override in overrides:
-        if override.startswith("~"):
-            OmegaConf.update(loaded, override[1:], None)
-            continue
         key, equals, value = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise InputError(f"{override!r} is not an override: write key=value")
-        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+        removal = override.startswith("~")
+        if not (removal or equals) or not key.strip("~") or key.startswith("-"):
+            raise InputError(f"{override!r} is not an override: write key=value, or ~key")
         try:
-            OmegaConf.update(loaded, key, parsed)
-        except OmegaConfBaseException as error:
-            raise InputError(f"{key} cannot be set: {_one_line(error)}") from error
-    return check_config(loaded)
+            if removal:
+                _remove(loaded, key[1:])
+            else:
+                _set(loaded, key, value)
+        except InputError:
+            raise
+        except Exception as error:  # yaml's, and lists' when a key asks for what they do not have
+            raise InputError(
+                f"{override!r} cannot be set: {_one_line(error)} (values are read as YAML)"
+            ) from error
+    return check_config(loaded, schema)
 
 
-def check_config(values: DictConfig) -> RecipeConfig:
-    """Match keys and types against ``RecipeConfig`` and its allowed words.
+def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) -> RecipeConfig:
+    """Match keys and types against the schema and its allowed words.
 
     Raises:
         InputError: unknown key, wrong type, missing value, or a word that is not allowed.
     """
+    defaults, given = OmegaConf.structured(schema), OmegaConf.to_container(values)
+    assert isinstance(given, dict)
+    for key, entry in schema.__dataclass_fields__.items():
+        value = given.get(key)
+        if key in given and is_dataclass(entry.type) and not isinstance(value, dict):
+            raise InputError(f"{key} is {value!r}, but must hold key: value pairs")
+        if isinstance(value, dict) and "_component_" in value:
+            defaults[key] = None  # arguments of another component are nothing to inherit
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RecipeConfig), values)
+        merged = OmegaConf.merge(defaults, values)
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        raise InputError(f"the config lacks a value for {error.full_key}") from error
+        key = error.full_key
+        raise InputError(
+            f"the config lacks a value for {key}: set it in the file, or add {key}=VALUE"
+        ) from error
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        known = RecipeConfig.__dataclass_fields__ | RouterLossConfig.__dataclass_fields__
+        known = schema.__dataclass_fields__ | RouterLossConfig.__dataclass_fields__
         near = did_you_mean(key.rpartition(".")[2], known)
         raise InputError(f"unknown key {key!r} in the config{near}") from error
     except OmegaConfBaseException as error:
@@ -173,6 +200,8 @@ def _check_words(config: RecipeConfig) -> None:
             raise InputError(f"{key} is {value!r}, but must be one of {', '.join(words)}")
     at_least_one = {
         "max_seq_len": config.max_seq_len, "epochs": config.epochs, "max_steps": config.max_steps,
+        "batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "log_every_n_steps": config.log_every_n_steps,
         "run_val_every_n_steps": config.run_val_every_n_steps,
         "pad_to_multiple_of": config.pad_to_multiple_of,
@@ -180,11 +209,43 @@ def _check_words(config: RecipeConfig) -> None:
     for key, value in at_least_one.items():
         if value is not None and value < 1:
             raise InputError(f"{key} is {value}, but must be at least 1")
+    not_negative = {
+        "num_workers": config.num_workers, "init_std": config.init_std, "seed": config.seed,
+        "router_losses.load_balancing_coef": losses.load_balancing_coef,
+        "router_losses.z_coef": losses.z_coef,
+    }  # fmt: skip
+    for key, value in not_negative.items():
+        if value is not None and not value >= 0:  # NaN is not
+            raise InputError(f"{key} is {value}, but must be at least 0")
+    if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
+        raise InputError(
+            f"clip_grad_norm is {config.clip_grad_norm}, but must be above 0 (null: no clipping)"
+        )
+    if config.seed >= 2**63:
+        raise InputError(f"seed is {config.seed}, but must be below 2**63")
     if losses.global_exact and losses.load_balancing_scope != "global":
         raise InputError(
             "router_losses.global_exact goes with router_losses.load_balancing_scope=global"
         )
 
 
-def _one_line(error: OmegaConfBaseException) -> str:
-    return str(error.msg or error).strip().splitlines()[0]
+def _set(loaded: DictConfig, key: str, value: str) -> None:
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # pyright: ignore
+    if isinstance(parsed, str) and isinstance(old := OmegaConf.select(loaded, key), DictConfig):
+        key += "._component_" if "_component_" in old else ""
+    OmegaConf.update(loaded, key, parsed)
+
+
+def _remove(loaded: DictConfig, key: str) -> None:
+    parent, _, last = key.rpartition(".")
+    if not parent:
+        OmegaConf.update(loaded, key, None)
+        return
+    node = OmegaConf.select(loaded, parent)
+    if not isinstance(node, DictConfig) or last not in node:
+        raise InputError(f"~{key}: the config has no {key} to take out")
+    del node[last]
+
+
+def _one_line(error: Exception) -> str:
+    return first_line(getattr(error, "msg", None) or error)

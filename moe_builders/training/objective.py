@@ -26,8 +26,10 @@ def layer_counts(routings: Mapping[str, Routing]) -> Tensor:
     """[l, e] int64, assignments per layer and expert of the tokens in each routing's mask.
 
     Raises:
-        InputError: layers with different numbers of experts.
+        InputError: no layer with experts, or layers with different numbers of them.
     """
+    if not routings:
+        raise InputError("the model has no MoE layer, so there is no routing to count or to train")
     counts = [count_assignments(routing) for routing in routings.values()]
     if len({len(c) for c in counts}) > 1:
         raise InputError("layers have different numbers of experts, so their loads make no table")

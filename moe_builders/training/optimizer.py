@@ -9,27 +9,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from moe_builders.errors import InputError
-from moe_builders.instantiate import find_component, instantiate
-
-# These write an update into the weights as it is; in bf16 most of it would be rounded away.
-_PLAIN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+from moe_builders.instantiate import component_of, first_line, instantiate
 
 
 def build_optimizer(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
     """An optimizer over all parameters that take a gradient.
 
     Raises:
-        InputError: a plain optimizer on bf16 weights, or arguments it does not take.
+        InputError: one of torch's optimizers on bf16 weights, or arguments it does not take.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    component = find_component(node.get("_component_"), path="optimizer._component_")
-    if component in _PLAIN and any(p.dtype == torch.bfloat16 for p in parameters):
+    component = component_of(node, path="optimizer")
+    # torch's own write an update into the weights as it is
+    plain = str(getattr(component, "__module__", "")).startswith("torch.optim")
+    if plain and any(p.dtype == torch.bfloat16 for p in parameters):
         raise InputError(
             f"param_dtype=bf16 with {node['_component_']} would round most updates away: set "
             "param_dtype=fp32 (with compute_dtype=bf16), or use an optimizer that rounds "
             "stochastically (torchao.optim.AdamW8bit with bf16_stochastic_round: true)"
         )
-    return instantiate(node, parameters, path="optimizer")
+    try:
+        return instantiate(node, parameters, path="optimizer")
+    except TypeError as error:  # torch compares a rate with 0 before it asks what it is
+        raise InputError(f"optimizer: {first_line(error)}") from error
 
 
 def build_scheduler(

@@ -66,6 +66,22 @@ def test_both_ways_equal_the_row_by_row_product(counts, dead, backend):
             assert torch.equal(weight_grad[expert], torch.zeros(12, 8))
 
 
+def test_what_the_kernel_leaves_in_dead_rows_is_selected_away(monkeypatch):
+    kernel = F.grouped_mm
+
+    def dirty(first, second, *, offs):
+        y = kernel(first, second, offs=offs)
+        if second.ndim == 3:
+            y[offs[-1] :] = float("nan")  # on a bad day, what stood in that memory
+        return y
+
+    monkeypatch.setattr(F, "grouped_mm", dirty)
+    x, weight, grad, counts, live = inputs(*CASES["dead rows"])
+    y, x_grad, _ = forward_backward(x, weight, counts, grad, "grouped")
+    assert torch.equal(y[live:], torch.zeros(4, 12))
+    assert torch.equal(x_grad[live:], torch.zeros(4, 8))
+
+
 @pytest.mark.parametrize("backend", ["grouped", "loop"])
 def test_a_sums_expanded_gradient(backend):
     x, weight, _, counts, _ = inputs(*CASES["dead rows"])

@@ -19,6 +19,7 @@ from hf_helpers import (
 from torch import Tensor
 
 from moe_builders.hub import load_hf_model
+from moe_builders.moe import collect_routing
 from moe_builders.ops.masks import block_causal_mask
 from moe_builders.routing import TokenInfo
 
@@ -101,6 +102,8 @@ def test_right_padding(pair):
     real = torch.arange(S) < LENGTHS[:, None]  # [b, s]
     info = TokenInfo(mask=real.flatten())
     assert_same(pair, real, {"attention_mask": real.long()}, {"info": info})
+    for routing in collect_routing(pair.ours).values():
+        assert routing.num_tokens_per_expert.sum() == 3 * real.sum()  # padding goes nowhere
 
 
 def test_left_padding(pair):
@@ -116,6 +119,14 @@ def test_left_padding(pair):
             "info": TokenInfo(mask=real.flatten()),
         },
     )
+
+
+def test_positions_with_gaps(pair):
+    """Rotation is relative: only uneven steps show whether positions are used at all."""
+    steps = torch.randint(1, 4, (B, S), generator=torch.Generator().manual_seed(3))
+    positions = steps.cumsum(1)  # [b, s]
+    real = torch.ones(B, S, dtype=torch.bool)
+    assert_same(pair, real, {"position_ids": positions}, {"input_pos": positions})
 
 
 def test_packed_documents_are_documents_one_by_one(pair):
