@@ -35,8 +35,12 @@ train: install
 test: install
 	$(BIN)/python -m pytest -m "not full"
 
+# the long grids; the result is kept with the commit and versions it was made with
 test-full: install
-	$(BIN)/python -m pytest
+	@mkdir -p tests/results
+	{ echo "commit $$(git rev-parse --short HEAD)"; uname -srm; $(BIN)/python -V; \
+	  $(BIN)/python -m pip freeze | grep -iE '^(torch|torchtune|torchao|transformers)=='; \
+	  $(BIN)/python -m pytest -p no:cacheprovider; } 2>&1 | tee tests/results/test_full.txt
 
 check: install
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ def max_violation(counts: Tensor) -> Tensor:
     Source: Wang et al. 2024 (2408.15664) eq. 4.
     """
     counts = counts.double()
-    return counts.amax(-1) / counts.mean(-1).clamp(min=1e-12) - 1
+    mean = counts.mean(-1)
+    return (counts.amax(-1) - mean) / mean.clamp(min=1e-12)  # 0 too where nothing was counted
 
 
 def dead_experts(counts: Tensor) -> Tensor:

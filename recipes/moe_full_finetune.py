@@ -29,7 +29,7 @@ from moe_builders.data.datasets import build_dataset
 from moe_builders.data.loader import StepSampler, make_loader, training_steps
 from moe_builders.data.tokenizer import HFTokenizer, load_tokenizer
 from moe_builders.losses import IGNORE_INDEX, cross_entropy_sum
-from moe_builders.metrics import load_metrics
+from moe_builders.metrics import dead_experts, load_metrics, max_violation
 from moe_builders.moe import collect_routing
 from moe_builders.parallel.grad_norm import clip_gradients, global_grad_norm
 from moe_builders.parallel.launch import launch
@@ -251,10 +251,8 @@ def run(config: RecipeConfig, world: World) -> Trained:
         reporter.log(values, step)
         reporter.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
-    steps, every = (
-        training_steps(loader, sampler, epochs=config.epochs),
-        config.run_val_every_n_steps,
-    )
+    steps = training_steps(loader, sampler, epochs=config.epochs)
+    every = config.run_val_every_n_steps
     with closing(reporter):  # also when a step fails: the bar must not swallow the message
         validation_at(0)
         started = time.perf_counter()
@@ -282,14 +280,13 @@ def report(
 ) -> None:  # fmt: skip
     """Hand a step's values to the reporter; they are read when the next step has been launched."""
     values = dict(values)
-    load = values.pop("load").double()  # [l, e]
-    violation = load.amax(-1) / load.mean(-1).clamp(min=1) - 1  # [l]
+    load = values.pop("load")  # [l, e]
     memory = peak_memory_gib(world.device)
     values |= {
         "lr": rate,
         "tokens_per_second": values.pop("tokens") / seconds,
-        "max_violation": violation.max(),
-        "dead_experts": (load == 0).sum(),
+        "max_violation": max_violation(load).max(),
+        "dead_experts": dead_experts(load).sum(),
     }
     reporter.step(number, values | ({} if memory is None else {"peak_memory_gib": memory}))
 

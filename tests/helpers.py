@@ -11,8 +11,10 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from moe_builders.experts import GroupedExperts
-from moe_builders.moe import MoE
-from moe_builders.routers import TokenChoiceTopKRouter
+from moe_builders.moe import MoE, shared_experts
+from moe_builders.routers import ExpertChoiceTopKRouter, TokenChoiceTopKRouter
+
+D, E, H = 6, 4, 5  # of ``moe_of``
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -143,3 +145,32 @@ def plain_moe(
             y = y + always
         rows.append(y)
     return torch.stack(rows)
+
+
+def moe_of(
+    score_position="after",
+    *,
+    shared="none",
+    bias=False,
+    k=2,
+    activation="swiglu",
+    router="token",
+    dtype=torch.float64,
+) -> MoE:
+    """A layer of d 6, e 4, h 5 with random parameters and biases."""
+    moe = MoE(
+        router=TokenChoiceTopKRouter(
+            dim=D, num_experts=E, experts_per_token=k, expert_bias=bias, gate_bias=bias
+        )
+        if router == "token"
+        else ExpertChoiceTopKRouter(dim=D, num_experts=E, capacity_factor=1.5),
+        experts=GroupedExperts(
+            dim=D, hidden_dim=H, num_experts=E, activation=activation, bias=bias
+        ),
+        shared_experts=shared_experts(embed_dim=D, shared_hidden_dim=7)
+        if shared != "none"
+        else None,
+        shared_gate=nn.Linear(D, 1, bias=False) if shared == "gated" else None,
+        score_position=score_position,
+    )
+    return randomise(moe).to(dtype)

@@ -132,5 +132,5 @@ def chat_node(path, **changes):
 def isolate_datasets(tmp_path, monkeypatch):
     """Nothing is read from or left in the user's cache, and no progress bar is drawn."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()

@@ -2,71 +2,14 @@
 
 import pytest
 import torch
-from helpers import assert_near, assert_same_bits, gradients, randomise
-from torch import nn
+from helpers import assert_near, assert_same_bits, gradients
+from helpers_decoder import V, batch, decoder_of
 from torchtune.generation import generate
-from torchtune.modules import TransformerDecoder
 
-from moe_builders.attention.gqa import GroupedQueryAttention
-from moe_builders.attention.rope import RotaryEmbedding
-from moe_builders.decoder import initial_value, moe_decoder
-from moe_builders.errors import InputError
 from moe_builders.losses import cross_entropy_sum, load_balancing_loss, router_z_loss
-from moe_builders.moe import collect_routing, moe_layer, shared_experts
+from moe_builders.moe import collect_routing
 from moe_builders.ops.masks import block_causal_mask
 from moe_builders.routing import TokenInfo
-
-V, D = 17, 12
-
-
-def attention(layer):
-    return GroupedQueryAttention(
-        embed_dim=D,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,
-        rope=RotaryEmbedding(head_dim=6, base=1000.0),
-        q_norm=nn.RMSNorm(6, eps=1e-6),
-        k_norm=nn.RMSNorm(6, eps=1e-6),
-    )
-
-
-def mlp(layer):
-    if layer == 1:
-        return shared_experts(embed_dim=D, shared_hidden_dim=16)
-    return moe_layer(
-        embed_dim=D,
-        expert_hidden_dim=8,
-        num_experts=4,
-        experts_per_token=2,
-        shared_hidden_dim=8 if layer else None,
-    )
-
-
-def decoder_of(dtype=torch.float32, **changes):
-    """MoE, dense, MoE with shared experts."""
-    arguments = {
-        "vocab_size": V,
-        "embed_dim": D,
-        "num_layers": 3,
-        "num_heads": 4,
-        "head_dim": 6,
-        "max_seq_len": 32,
-        "attention": attention,
-        "mlp": mlp,
-    }
-    model = moe_decoder(**(arguments | changes))
-    return randomise(model).to(dtype)
-
-
-def batch(b=2, s=10, *, seed=1):
-    """Tokens and their TokenInfo; each row ends in padding."""
-    stream = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, V, (b, s), generator=stream)
-    lengths = torch.randint(s // 2, s, (b, 1), generator=stream)
-    mask = torch.arange(s) < lengths
-    rows = torch.arange(b).repeat_interleave(s)
-    return tokens, TokenInfo(mask=mask.flatten(), sequence_ids=rows, input_ids=tokens.flatten())
 
 
 def losses(model, tokens, info):
@@ -89,8 +32,11 @@ def test_recomputing_changes_no_bit():
     model = decoder_of()
     wanted = run(model, *batch())
     assert all(value.abs().sum() > 0 for value in wanted.values())
+    forwards = []
+    model.layers[0].sa_norm.register_forward_hook(lambda *_: forwards.append(1))
     model.activation_checkpointing = True
     assert_same_bits(run(model, *batch()), wanted)
+    assert len(forwards) == 2  # it was recomputed
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -231,71 +177,3 @@ def test_generating_with_a_cache_equals_without(prompt):
     assert torch.equal(cached_tokens, tokens)
     assert tokens[:, prompt.shape[1] :].unique().numel() > 1
     assert_near(cached_logits, logits, 1e-5)
-
-
-class TestParts:
-    def test_it_is_torchtunes_decoder(self):
-        assert isinstance(decoder_of(), TransformerDecoder)
-
-    def test_one_module_is_copied_for_each_layer(self):
-        model = moe_decoder(
-            vocab_size=V,
-            embed_dim=D,
-            num_layers=2,
-            num_heads=4,
-            head_dim=6,
-            max_seq_len=32,
-            attention=attention(0),
-            mlp=mlp(0),
-        )
-        first, second = (layer.mlp.experts.down_proj for layer in model.layers)
-        assert first is not second
-        assert torch.equal(first, second)
-
-    def test_tied_embeddings(self):
-        model = decoder_of(tie_word_embeddings=True)
-        tokens, _ = batch()
-        logits = model(tokens)
-        seen = []
-        model.norm.register_forward_hook(lambda m, args, out: seen.append(out))
-        model(tokens)
-        assert_near(logits, seen[0] @ model.tok_embeddings.weight.t(), 1e-6)
-        names = [name for name, _ in model.named_parameters()]
-        assert "output.weight" not in names
-
-    @pytest.mark.parametrize(
-        ("dtype", "wide"),
-        [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
-    )
-    def test_logits_are_fp32_or_wider(self, dtype, wide):
-        assert decoder_of(dtype)(batch()[0]).dtype == wide
-
-    def test_chunks_of_logits(self):
-        model = decoder_of()
-        tokens, _ = batch()
-        whole = model(tokens)
-        model.set_num_output_chunks(3)
-        assert_near(torch.cat(model(tokens), 1), whole, 1e-6)
-
-    def test_refused(self):
-        with pytest.raises(InputError, match="num_layers is 0"):
-            decoder_of(num_layers=0)
-        with pytest.raises(ValueError, match="max_seq_len"):
-            decoder_of()(torch.zeros(1, 33, dtype=torch.int64))
-
-    def test_initial_values(self):
-        like = torch.empty(200, 50)
-        value = initial_value("layers.0.mlp.experts.down_proj", like, seed=3)
-        assert value.std().item() == pytest.approx(0.02, rel=0.05)
-        assert abs(value.mean().item()) < 1e-3
-        again = initial_value("layers.0.mlp.experts.down_proj", like, seed=3)
-        assert torch.equal(value, again)
-        for name, seed in (("layers.1.mlp.experts.down_proj", 3), ("output.weight", 3)):
-            assert not torch.equal(initial_value(name, like, seed=seed), value)
-        other = initial_value("layers.0.mlp.experts.down_proj", like, seed=4)
-        assert not torch.equal(other, value)
-        assert (
-            initial_value("layers.0.sa_norm.weight", torch.empty(4), seed=3).tolist() == [1.0] * 4
-        )
-        for name in ("attn.q_proj.bias", "mlp.router.expert_bias", "mlp.experts.down_bias"):
-            assert not initial_value(name, torch.empty(4), seed=3).any()

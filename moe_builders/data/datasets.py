@@ -65,15 +65,25 @@ def _packing(node: Mapping[str, Any], *, path: str) -> tuple[bool, bool]:
 
 
 def _build_one(node: Mapping[str, Any], tokenizer: HFTokenizer, path: str) -> Any:
+    dataset: Any = None
+    size = 0
     plain = {key: value for key, value in node.items() if key not in _PACKING}
     try:
         dataset = instantiate(plain, tokenizer, path=path)
         size = len(dataset)
-    except InputError:
-        raise
+    except StopIteration:  # what a file without a byte leads to in datasets' json builder
+        pass
+    except InputError as error:
+        if "corresponds to no data" not in str(error):  # and one without a line, or an empty slice
+            raise
     except (DatasetsError, OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} cannot be built: {first_line(error)}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # datasets' own errors say only that there was one
+            cause = cause.__cause__
+        where = f" from {node['data_files']}" if "data_files" in node else ""
+        raise InputError(f"{path} cannot be built{where}: {first_line(cause)}") from error
     if size == 0:
-        raise InputError(f"{path} holds no samples")
+        where = f" in {node['data_files']}" if "data_files" in node else ""
+        raise InputError(f"{path} holds no samples{where}")
     read_sample(dataset, 0, path)
     return dataset

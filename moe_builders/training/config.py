@@ -52,7 +52,7 @@ class RecipeConfig:
     max_steps: int | None = None  # optimizer steps in all; null: as the epochs give
     seed: int = 0
 
-    optimizer: Any = field(default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 2e-5})
+    optimizer: Any = MISSING  # component; gets the parameters
     lr_scheduler: Any = None  # component; gets the optimizer and num_training_steps
     clip_grad_norm: float | None = 1.0  # null: no clipping
     router_losses: RouterLossConfig = field(default_factory=RouterLossConfig)
@@ -157,16 +157,14 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
     Raises:
         InputError: unknown key, wrong type, missing value, or a word that is not allowed.
     """
-    defaults, given = OmegaConf.structured(schema), OmegaConf.to_container(values)
+    given = OmegaConf.to_container(values)
     assert isinstance(given, dict)
     for key, entry in schema.__dataclass_fields__.items():
         value = given.get(key)
         if key in given and is_dataclass(entry.type) and not isinstance(value, dict):
             raise InputError(f"{key} is {value!r}, but must hold key: value pairs")
-        if isinstance(value, dict) and "_component_" in value:
-            defaults[key] = None  # arguments of another component are nothing to inherit
     try:
-        merged = OmegaConf.merge(defaults, values)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = error.full_key

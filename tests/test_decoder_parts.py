@@ -1,0 +1,81 @@
+"""The decoder's assembly: copies, ties, output types, chunks, first values."""
+
+import pytest
+import torch
+from helpers import assert_near
+from helpers_decoder import D, V, attention, batch, decoder_of, mlp
+from torchtune.modules import TransformerDecoder
+
+from moe_builders.decoder import initial_value, moe_decoder
+from moe_builders.errors import InputError
+
+
+def test_it_is_torchtunes_decoder():
+    assert isinstance(decoder_of(), TransformerDecoder)
+
+
+def test_one_module_is_copied_for_each_layer():
+    model = moe_decoder(
+        vocab_size=V,
+        embed_dim=D,
+        num_layers=2,
+        num_heads=4,
+        head_dim=6,
+        max_seq_len=32,
+        attention=attention(0),
+        mlp=mlp(0),
+    )
+    first, second = (layer.mlp.experts.down_proj for layer in model.layers)
+    assert first is not second
+    assert torch.equal(first, second)
+
+
+def test_tied_embeddings():
+    model = decoder_of(tie_word_embeddings=True)
+    tokens, _ = batch()
+    logits = model(tokens)
+    seen = []
+    model.norm.register_forward_hook(lambda m, args, out: seen.append(out))
+    model(tokens)
+    assert_near(logits, seen[0] @ model.tok_embeddings.weight.t(), 1e-6)
+    names = [name for name, _ in model.named_parameters()]
+    assert "output.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_logits_are_fp32_or_wider(dtype, wide):
+    assert decoder_of(dtype)(batch()[0]).dtype == wide
+
+
+def test_chunks_of_logits():
+    model = decoder_of()
+    tokens, _ = batch()
+    whole = model(tokens)
+    model.set_num_output_chunks(3)
+    assert_near(torch.cat(model(tokens), 1), whole, 1e-6)
+
+
+def test_refused():
+    with pytest.raises(InputError, match="num_layers is 0"):
+        decoder_of(num_layers=0)
+    with pytest.raises(ValueError, match="max_seq_len"):
+        decoder_of()(torch.zeros(1, 33, dtype=torch.int64))
+
+
+def test_initial_values():
+    like = torch.empty(200, 50)
+    value = initial_value("layers.0.mlp.experts.down_proj", like, seed=3)
+    assert value.std().item() == pytest.approx(0.02, rel=0.05)
+    assert abs(value.mean().item()) < 1e-3
+    again = initial_value("layers.0.mlp.experts.down_proj", like, seed=3)
+    assert torch.equal(value, again)
+    for name, seed in (("layers.1.mlp.experts.down_proj", 3), ("output.weight", 3)):
+        assert not torch.equal(initial_value(name, like, seed=seed), value)
+    other = initial_value("layers.0.mlp.experts.down_proj", like, seed=4)
+    assert not torch.equal(other, value)
+    assert initial_value("layers.0.sa_norm.weight", torch.empty(4), seed=3).tolist() == [1.0] * 4
+    for name in ("attn.q_proj.bias", "mlp.router.expert_bias", "mlp.experts.down_bias"):
+        assert not initial_value(name, torch.empty(4), seed=3).any()

@@ -1,0 +1,263 @@
+"""Configs by name with overrides, typed; every mistake is one sentence that names the key."""
+
+from dataclasses import dataclass
+
+import pytest
+from helpers import quick
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from moe_builders.errors import InputError
+from moe_builders.training.config import (
+    RecipeConfig,
+    check_config,
+    configs_root,
+    find_config,
+    load_config,
+    parse_command_line,
+)
+
+BASE = """
+output_dir: out/run
+dataset:
+  _component_: some.dataset
+  data_files: [a.json, b.json]
+  nested: {deep: {list: [{x: 1}, {x: 2}]}}
+optimizer:
+  _component_: torch.optim.AdamW
+  lr: 2e-5
+  weight_decay: 0.1
+lr_scheduler:
+  _component_: some.schedule
+"""
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Overrides (and a YAML text in place of the usual one) -> RecipeConfig."""
+
+    def call(*overrides, text=BASE, schema=RecipeConfig):
+        (tmp_path / "c.yaml").write_text(text)
+        return parse_command_line(["--config", str(tmp_path / "c.yaml"), *overrides], schema)
+
+    return call
+
+
+@pytest.fixture
+def refusal(parse):
+    def call(*overrides, text=BASE):
+        with pytest.raises(InputError) as caught:
+            parse(*overrides, text=text)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert message
+        return message
+
+    return call
+
+
+def test_defaults_and_what_the_file_says(parse):
+    config = parse()
+    assert type(config) is RecipeConfig
+    assert config.optimizer == {"_component_": "torch.optim.AdamW", "lr": 2e-5, "weight_decay": 0.1}
+    assert isinstance(config.optimizer["lr"], float), "YAML 1.1 reads 2e-5 as a string"
+    assert type(config.dataset["nested"]["deep"]["list"]) is list
+    assert (config.batch_size, config.clip_grad_norm, config.model) == (1, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("batch_size=4", lambda c: c.batch_size, 4),
+        ("max_steps=null", lambda c: c.max_steps, None),
+        ("max_steps=7", lambda c: c.max_steps, 7),
+        ("shuffle=false", lambda c: c.shuffle, False),
+        ("shuffle=no", lambda c: c.shuffle, False),
+        ("compile=True", lambda c: c.compile, True),
+        ("init_std=1e-2", lambda c: c.init_std, 0.01),
+        ("clip_grad_norm=inf", lambda c: c.clip_grad_norm, float("inf")),
+        ("clip_grad_norm=2", lambda c: c.clip_grad_norm, 2.0),
+        ("router_losses.z_coef=1e-3", lambda c: c.router_losses.z_coef, 0.001),
+        ("optimizer.lr=2e-5", lambda c: c.optimizer["lr"], 2e-5),
+        ("optimizer.lr=2.0e-5", lambda c: c.optimizer["lr"], 2e-5),
+        ("optimizer.betas=[0.9,0.95]", lambda c: c.optimizer["betas"], [0.9, 0.95]),
+        ("optimizer.fused=true", lambda c: c.optimizer["fused"], True),
+        ("optimizer=torch.optim.SGD", lambda c: c.optimizer["_component_"], "torch.optim.SGD"),
+        ("optimizer=torch.optim.SGD", lambda c: c.optimizer["lr"], 2e-5),
+        ("dataset.new_system_prompt=a=b, c=d", lambda c: c.dataset["new_system_prompt"],
+         "a=b, c=d"),
+        ("dataset.data_files={train: t.json}", lambda c: c.dataset["data_files"],
+         {"train": "t.json"}),
+        ("dataset.split='train[:10%]'", lambda c: c.dataset["split"], "train[:10%]"),
+        ("dataset.split=train[:10%]", lambda c: c.dataset["split"], "train[:10%]"),
+        ("dataset.nested.deep.list[1].x=5", lambda c: c.dataset["nested"]["deep"]["list"],
+         [{"x": 1}, {"x": 5}]),
+        ("dataset.new.key=1", lambda c: c.dataset["new"], {"key": 1}),
+        ("dataset.source=${output_dir}/data", lambda c: c.dataset["source"], "out/run/data"),
+        ("model={_component_: a.b, experts: [1, 2]}", lambda c: c.model,
+         {"_component_": "a.b", "experts": [1, 2]}),
+        ("dataset_val=[{_component_: a.b}]", lambda c: c.dataset_val, [{"_component_": "a.b"}]),
+        ("output_dir=2026", lambda c: c.output_dir, "2026"),
+        ("~optimizer.weight_decay", lambda c: "weight_decay" in c.optimizer, False),
+        ("~lr_scheduler", lambda c: c.lr_scheduler, None),
+        ("~clip_grad_norm", lambda c: c.clip_grad_norm, None),
+    ],
+)  # fmt: skip
+def test_overrides(parse, override, read, value):
+    found = read(parse(override))
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_later_overrides_win_and_arguments_may_stand_anywhere(parse, tmp_path):
+    assert parse("batch_size=2", "batch_size=3").batch_size == 3
+    assert parse("~optimizer.lr", "optimizer.lr=1").optimizer["lr"] == 1
+    path = str(tmp_path / "c.yaml")
+    assert parse_command_line(["batch_size=5", "--config", path, "seed=2"]).batch_size == 5
+
+
+def test_interpolation_inside_the_file(parse):
+    config = parse("output_dir=elsewhere", text=BASE + "base_model: ${output_dir}/base\n")
+    assert config.base_model == "elsewhere/base"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batchsize=4", "unknown key 'batchsize' in the config (did you mean 'batch_size'?)"),
+        ("router_losses.zcoef=1",
+         "unknown key 'router_losses.zcoef' in the config (did you mean 'z_coef'?)"),
+        ("nothing_like_it=1", "unknown key 'nothing_like_it' in the config"),
+        ("~foo", "unknown key 'foo' in the config"),
+        ("~optimizer.foo", "~optimizer.foo: the config has no optimizer.foo to take out"),
+        ("~dataset.nested.deep.foo", "the config has no dataset.nested.deep.foo to take out"),
+        ("batch_size=abc", "batch_size: Value 'abc' of type 'str' could not be converted to Int"),
+        ("batch_size=1.5", "batch_size: Value '1.5' of type 'float' could not be converted"),
+        ("batch_size=[1]", "batch_size: "),
+        ("batch_size=", "batch_size: Incompatible value 'None' for field of type 'int'"),
+        ("shuffle=maybe", "shuffle: Value 'maybe' is not a valid bool"),
+        ("clip_grad_norm=one", "clip_grad_norm: Value 'one' of type 'str' could not be converted"),
+        ("seed.x=1", "seed: "),
+        ("router_losses=3", "router_losses is 3, but must hold key: value pairs"),
+        ("router_losses=null", "router_losses is None, but must hold key: value pairs"),
+        ("output_dir=null", "output_dir: Incompatible value 'None' for field of type 'str'"),
+        ("output_dir=${nope}", "output_dir: Interpolation key 'nope' not found"),
+        ("output_dir=${nope", "'output_dir=${nope' cannot be set: "),
+        ("optimizer={a", "'optimizer={a' cannot be set: "),
+        ("batch_size=[1,", "'batch_size=[1,' cannot be set: "),
+        ("foo", "'foo' is not an override: write key=value, or ~key"),
+        ("=3", "'=3' is not an override: write key=value, or ~key"),
+        ("~", "'~' is not an override: write key=value, or ~key"),
+        ("--batch_size=4", "'--batch_size=4' is not an override: write key=value, or ~key"),
+        ("dataset.column=???", "the config lacks a value for dataset.column: set it in the file"),
+        ("compute_dtype=int8", "compute_dtype is 'int8', but must be one of fp32, bf16, fp16"),
+        ("param_dtype=fp16", "param_dtype is 'fp16', but must be one of fp32, bf16, fp64"),
+        ("device=tpu", "device is 'tpu', but must be one of auto, cpu, cuda"),
+        ("router_losses.load_balancing_scope=globl",
+         "router_losses.load_balancing_scope is 'globl', but must be one of sequence, micro"),
+        ("router_losses.mask=all", "router_losses.mask is 'all', but must be one of padding, lab"),
+        ("router_losses.global_exact=true",
+         "router_losses.global_exact goes with router_losses.load_balancing_scope=global"),
+        ("router_losses.z_coef=-1", "router_losses.z_coef is -1.0, but must be at least 0"),
+        ("router_losses.load_balancing_coef=nan", "load_balancing_coef is nan, but must be at lea"),
+        ("clip_grad_norm=0", "clip_grad_norm is 0.0, but must be above 0 (null: no clipping)"),
+        ("clip_grad_norm=nan", "clip_grad_norm is nan, but must be above 0 (null: no clipping)"),
+        ("init_std=-0.1", "init_std is -0.1, but must be at least 0"),
+        ("num_workers=-1", "num_workers is -1, but must be at least 0"),
+        ("seed=-1", "seed is -1, but must be at least 0"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808, but must be below 2**63"),
+        *((f"{key}=0", f"{key} is 0, but must be at least 1") for key in (
+            "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "max_seq_len",
+            "log_every_n_steps", "run_val_every_n_steps", "pad_to_multiple_of")),
+    ],
+)  # fmt: skip
+def test_bad_overrides(refusal, override, message):
+    assert message in refusal(override)
+
+
+@quick
+@given(key=st.text(max_size=8), value=st.text(max_size=8))
+def test_no_override_ends_in_another_error(tmp_path_factory, key, value):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(BASE)
+    for override in (f"{key}={value}", f"optimizer.{key}={value}", f"~{key}", f"seed={value}"):
+        try:
+            load_config(path, [override])
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the config lacks a value for output_dir: set it in the file, or add output_dir=VAL"),
+        ("output_dir: x\noptimizer: {}\n", "the config lacks a value for dataset"),
+        ("output_dir: x\ndataset: {}\n", "the config lacks a value for optimizer"),
+        ("- a\n", "c.yaml must hold key: value pairs"),
+        ("3", "c.yaml is not valid YAML"),
+        ("a: [1\n", "c.yaml is not valid YAML"),
+        ("\tseed: 1\n", "c.yaml is not valid YAML"),
+        ("seed: 1\nseed: 2\n", "found duplicate key seed"),
+        (BASE + "1: 2\n", "unknown key '1' in the config"),
+        (BASE + "router_losses: {coef: 1}\n", "unknown key 'router_losses.coef' in the config"),
+        (BASE + "batch_size: {a: 1}\n", "batch_size: "),
+    ],
+)
+def test_bad_files(refusal, text, message):
+    assert message in refusal(text=text)
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not valid YAML: 'utf-8' codec can't decode"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe/30B_A3B_full", "qwen3_moe/30B_A3B_full.yaml"])
+def test_built_in_names_resolve_from_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == configs_root() / "qwen3_moe/30B_A3B_full.yaml"
+    config = parse_command_line(["--config", name, "base_model=/x", "~optimizer.fused"])
+    assert (config.base_model, "fused" in config.optimizer) == ("/x", False)
+    assert isinstance(config.optimizer["lr"], float)
+    (tmp_path / "qwen3_moe").mkdir()
+    (tmp_path / name).write_text(BASE)
+    assert find_config(name).resolve() == tmp_path / name, "a file of one's own comes first"
+
+
+def test_unknown_names_list_the_built_in_ones(refusal):
+    for argv, message in (
+        (["--config", "qwen3_moe/30B_A3B_ful"], "did you mean 'qwen3_moe/30B_A3B_full'?"),
+        (["--config", "nope"], "built-in are: qwen3_moe/235B_A22B_full, qwen3_moe/30B_A3B_full"),
+        (["--config"], "--config is missing: give it a YAML file or a built-in name"),
+        (["seed=1"], "--config is missing"),
+        (["--conf", "nope"], "--config is missing"),
+    ):
+        with pytest.raises(InputError) as caught:
+            parse_command_line(argv)
+        assert message in str(caught.value)
+
+
+@dataclass
+class WiderConfig(RecipeConfig):
+    """What a copied recipe may add."""
+
+    my_key: int = 3
+
+
+def test_a_recipes_own_keys(parse, refusal):
+    config = parse("my_key=4", schema=WiderConfig)
+    assert isinstance(config, WiderConfig)
+    assert (config.my_key, parse(schema=WiderConfig).my_key) == (4, 3)
+    assert "unknown key 'my_key'" in refusal("my_key=4")
+    with pytest.raises(InputError, match="did you mean 'my_key'"):
+        parse("my_kye=4", schema=WiderConfig)
+
+
+def test_a_checked_config_survives_being_written_and_read(tmp_path, parse):
+    """As the recipe keeps it under output_dir."""
+    config = parse("router_losses.z_coef=1e-5", "dataset.data_files=[x]")
+    OmegaConf.save(OmegaConf.structured(config), tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    assert check_config(OmegaConf.structured(config)) == config
