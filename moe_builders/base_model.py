@@ -46,12 +46,22 @@ class BaseModel:
         return self.model
 
     def save(self, path: str | Path, *, write: bool) -> None:
-        """Write the model back in its HF layout, or under our own names; all processes call."""
-        if self.source is not None:
-            save_hf_model(self.model, path, source=self.source, write=write)
-        else:
+        """Write the model back in its HF layout, or under our own names; all processes call.
+
+        Raises:
+            InputError: the HF layout cannot be written any more; the weights then lie under our
+                own names in a folder beside it, which is named.
+        """
+        if self.source is None:
             component = dict(self.component) if self.component is not None else None
             save_model(self.model, path, component=component, write=write)
+            return
+        try:
+            save_hf_model(self.model, path, source=self.source, write=write)
+        except InputError as error:  # days of training must not be lost for a moved folder
+            rescue = Path(path).with_name(f"{Path(path).name}.own_names")
+            save_model(self.model, rescue, write=write)
+            raise InputError(f"{error}; the trained weights were saved to {rescue}") from error
 
 
 def open_base_model(
@@ -102,20 +112,24 @@ def open_base_model(
     return BaseModel(model.to(device), None, None, component)
 
 
-def check_output(output: str | Path, *, base_model: str | None) -> None:
-    """Refuse an output folder before any work is done if something there would be in the way.
+def check_paths(output: str | Path, *, base_model: str | None) -> None:
+    """Look at both ends of a run before any work is done; no weights are read.
 
     A run writes config.yaml, logs/ and model/; a model/ of an earlier run is replaced.
 
     Raises:
-        InputError: a file where a folder must be, or a model/ that is the base model or above it,
-            or that no run has written.
+        InputError: a file where a folder must be; a model/ that is the base model or above it, or
+            that no run has written; a base model that is not there or damaged.
     """
     output = Path(output)
     model = output / "model"
     for folder in (output, output / "logs", model):
         check_output_folder(folder)
     if base_model is not None:
+        if not Path(base_model).is_dir():
+            raise InputError(f"base_model {base_model} is not a folder")
+        if not is_own_folder(base_model):
+            read_hf_source(base_model)
         origin = Path(base_model).resolve()
         if model.resolve() in (origin, *origin.parents):
             raise InputError(

@@ -5,9 +5,11 @@ Letters: b batch · s sequence · t = b·s tokens · d dim · v vocabulary.
 
 import copy
 import functools
+import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,25 @@ LayerBuilder = nn.Module | Callable[[int], nn.Module]
 
 
 class MoEDecoderLayer(TransformerSelfAttentionLayer):
-    """torchtune's pre-norm layer that hands ``info`` on to a MoE in its mlp slot."""
+    """torchtune's pre-norm layer that hands ``info`` on to a MoE in its mlp slot.
+
+    Any mlp whose forward has an ``info`` argument gets it; one that hides a MoE inside without
+    taking ``info`` is refused, since the MoE would route padding.
+    """
+
+    mlp_takes_info = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Look at an mlp when it is put in, also when it replaces another one later."""
+        super().__setattr__(name, value)
+        if name == "mlp":
+            mlp = getattr(value, "_orig_mod", value)  # inside what torch.compile(mlp) returns
+            self.mlp_takes_info = "info" in inspect.signature(mlp.forward).parameters
+            if not self.mlp_takes_info and any(isinstance(m, MoE) for m in mlp.modules()):
+                raise InputError(
+                    f"the mlp {type(mlp).__name__} holds a MoE, but its forward does not take "
+                    "info, which says which tokens are real: give it that argument and hand it on"
+                )
 
     def forward(
         self,
@@ -36,8 +56,7 @@ class MoEDecoderLayer(TransformerSelfAttentionLayer):
         normed = self.sa_norm(x)
         h = x + self.sa_scale(self.attn(normed, normed, mask=mask, input_pos=input_pos))
         normed = self.mlp_norm(h)
-        mlp = getattr(self.mlp, "_orig_mod", self.mlp)  # inside what torch.compile(mlp) returns
-        out = self.mlp(normed, info) if isinstance(mlp, MoE) else self.mlp(normed)
+        out = self.mlp(normed, info=info) if self.mlp_takes_info else self.mlp(normed)
         return h + self.mlp_scale(out)
 
 
@@ -70,8 +89,8 @@ class MoEDecoder(TransformerDecoder):
             info: what routers may know of the t tokens; None: all real, one document a row.
 
         Returns:
-            [b, s, v] in fp32 (fp64 for fp64 models), or chunks of it along s after
-            ``set_num_output_chunks``.
+            [b, s, v] in fp32 (fp64 for fp64 models); after ``set_num_output_chunks`` chunks of it
+            along s in the model's dtype, as torchtune's chunked loss wants them.
         """
         b, s = tokens.shape
         self._validate_inputs(s, mask=mask, input_pos=input_pos)
@@ -126,7 +145,8 @@ def moe_decoder(
         num_heads, head_dim: of the attention; read by torchtune's generation helpers.
         max_seq_len: longer inputs are refused.
         attention, mlp: a function layer number -> module, or one module that each layer gets a
-            copy of. An mlp is a ``MoE`` or any module [b, s, d] -> [b, s, d].
+            copy of. An mlp is a module [b, s, d] -> [b, s, d]; one whose forward has an argument
+            ``info`` (as ``MoE``'s has) is told which tokens are real.
         norm_eps: of every RMSNorm.
         tie_word_embeddings: the output shares the embedding's weight.
 
@@ -205,7 +225,10 @@ def _keep_last_routing(layer: nn.Module) -> Iterator[None]:
 
 
 def initialize(model: nn.Module, *, seed: int, std: float | None) -> None:
-    """Give every parameter of a model on the CPU its ``initial_value``; buffers stay.
+    """Give every matrix of a model on the CPU its ``initial_value``.
+
+    What has fewer than two dims (norm weights, biases, a router's temperature) and all buffers
+    stay as their modules made them.
 
     Args:
         model: real, not on the meta device.
@@ -216,6 +239,8 @@ def initialize(model: nn.Module, *, seed: int, std: float | None) -> None:
         return
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
             parameter.copy_(initial_value(name, parameter, seed=seed, std=std))
 
 

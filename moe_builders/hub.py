@@ -126,7 +126,10 @@ def build_hf_model(source: HFSource, *, dtype: torch.dtype | None = None) -> MoE
         InputError: the folder's tensors are not the model's; all differences are listed.
     """
     with torch.device("meta"):
-        model = source.family.build(source.config)
+        try:
+            model = source.family.build(source.config)
+        except InputError as error:
+            raise InputError(f"{source.folder}/config.json: {error}") from error
     plan = make_plan(source.family.WEIGHT_MAP, model_shapes(model))
     _check_source(source, plan)
     on_disk: dict[str, torch.dtype] = {}

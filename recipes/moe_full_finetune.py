@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from moe_builders.base_model import BaseModel, check_fits, check_output, open_base_model
+from moe_builders.base_model import BaseModel, check_fits, check_paths, open_base_model
 from moe_builders.data.batch import Batch
 from moe_builders.data.datasets import build_dataset
 from moe_builders.data.loader import StepSampler, make_loader, training_steps
@@ -39,8 +39,8 @@ from moe_builders.routing import Routing
 from moe_builders.training.compiling import compile_layers
 from moe_builders.training.config import DTYPES, RecipeConfig, parse_command_line
 from moe_builders.training.objective import layer_counts, narrow_to, router_losses
-from moe_builders.training.optimizer import build_optimizer, build_scheduler, peak_memory_gib
-from moe_builders.training.reporting import Reporter, build_loggers
+from moe_builders.training.optimizer import build_optimizer, build_scheduler
+from moe_builders.training.reporting import Reporter, build_loggers, peak_memory_gib
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def build_loader(
 def count_tokens(step: list[Batch], world: World) -> tuple[Tensor, Tensor]:
     """(labelled, real) tokens of the whole step over all processes, at least 1 each."""
     own = [sum(batch.num_labels for batch in step), sum(batch.num_real for batch in step)]
-    labels, real = world.sum(torch.tensor(own, device=world.device)).clamp(min=1)
+    labels, real = world.sum(world.send(torch.tensor(own))).clamp(min=1)
     return labels, real
 
 
@@ -215,7 +215,7 @@ def validate(model: nn.Module, loader: DataLoader[Batch], world: World) -> dict[
 def run(config: RecipeConfig, world: World) -> Trained:
     """Prepare everything, train, validate, save."""
     output = Path(config.output_dir)
-    check_output(output, base_model=config.base_model)
+    check_paths(output, base_model=config.base_model)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.base_model)
     loader, sampler = build_loader(config, world, tokenizer, validation=False)
@@ -245,7 +245,6 @@ def run(config: RecipeConfig, world: World) -> Trained:
     def validation_at(step: int) -> None:
         if val_loader is None:
             return
-        reporter.flush()
         values = validate(model, val_loader, world)
         validations.append({"step": step} | values)
         reporter.log(values, step)
@@ -263,6 +262,8 @@ def run(config: RecipeConfig, world: World) -> Trained:
             report(reporter, number, values, rate, time.perf_counter() - started, world)
             started = time.perf_counter()
             last = number == num_steps
+            if last:
+                reporter.flush()  # before anything is saved: a loss that is not finite stops here
             if last or (every and number % every == 0):
                 validation_at(number)
                 started = time.perf_counter()

@@ -78,6 +78,15 @@ GLM = """[{{ bos_token }}{% if tools is not none %}T{% endif %}{{ documents is n
         {%- generation %}{{ message['content'] }}{% endgeneration %}
     {%- else %}{{ message['content'] }}{% endif %}
 {%- endfor %}"""
+# relies on what jinja does with lines that hold nothing but a block
+BLOCKS = """{% for message in messages %}
+    {% if message['role'] == 'assistant' %}
+<|assistant|>{{ message['content'] }}<|im_end|>
+    {% else %}
+<|user|>{{ message['content'] }}
+    {% endif %}
+{% endfor %}
+"""
 # writes contents as a program would: what is inside cannot be found again
 QUOTING = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | tojson }}<|im_end|>{% endfor %}"

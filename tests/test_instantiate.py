@@ -122,8 +122,8 @@ DEPTHS = {
 @pytest.mark.parametrize("path", DEPTHS)
 def test_mistakes_name_their_place_at_any_depth(path):
     wrap = DEPTHS[path]
-    assert refusal(wrap(node("Box", lable=1))) == (
-        f"unknown key {path}.lable (did you mean 'label'?); Box takes value, more, label"
+    assert refusal(wrap(node("Box", lebel=1))) == (
+        f"unknown key {path}.lebel (did you mean 'label'?); Box takes value, more, label"
     )
     assert refusal(wrap(node("Bx"))) == (
         f"{path}._component_ is '{HERE}.Bx', but {HERE} has no 'Bx' (did you mean 'Box'?)"

@@ -112,12 +112,16 @@ class GroupedQueryAttention(nn.Module):
             q, k = self.rope(q, positions), self.rope(k, positions)
         if self.kv_cache is not None and self.cache_enabled:
             k, v = self.kv_cache.update(k, v)  # [b, m, c, r]
+        grouped = self.num_kv_heads != self.num_heads
+        if mask is not None and grouped:
+            # with a mask, GPU kernels other than the one that stores [b, n, s, c] want equal heads
+            k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=None if mask is None else mask[:, None],
             is_causal=mask is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            enable_gqa=grouped and mask is None,
         )  # [b, n, s, r]
         return self.output_proj(out.transpose(1, 2).flatten(2))

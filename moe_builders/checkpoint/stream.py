@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_builders.checkpoint.folder import Entry, TensorFolder
 from moe_builders.errors import InputError
-from moe_builders.parallel.sharding import local_shard, whole_tensor
+from moe_builders.parallel.sharding import local_shard, raise_together, whole_tensor
 from moe_builders.weights import Piece
 
 _LISTED = 20  # names shown of each kind of mistake
@@ -84,16 +84,23 @@ def load_pieces(model: nn.Module, plan: Sequence[Piece], folder: TensorFolder) -
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for piece in plan:
         pieces[piece.ours].append(piece)
-    spoiled = []
-    for name, tensor in model.state_dict().items():
-        shard = local_shard(tensor)
-        with torch.no_grad():
-            for piece in pieces[name]:
-                _copy_overlap(piece, folder, shard.tensor, shard.offset)
-        if tensor.is_floating_point() and shard.tensor.isnan().any():
-            spoiled.append(name)
+    spoiled, error = [], None
+    try:
+        for name, tensor in model.state_dict().items():
+            shard = local_shard(tensor)
+            with torch.no_grad():
+                for piece in pieces[name]:
+                    _copy_overlap(piece, folder, shard.tensor, shard.offset)
+            if tensor.is_floating_point() and shard.tensor.isnan().any():
+                spoiled.append(name)
+    except InputError as damaged:
+        error = damaged
     if spoiled:
-        raise InputError(f"{folder.path} left NaN in {len(spoiled)} parameters: {_listed(spoiled)}")
+        error = InputError(
+            f"{folder.path} left NaN in {len(spoiled)} parameters: {_listed(spoiled)}; the files "
+            "are damaged (download them again) or the model itself is"
+        )
+    raise_together(error)
 
 
 def take_pieces(

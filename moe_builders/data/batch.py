@@ -52,6 +52,11 @@ class Batch:
         moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return Batch(*moved, packed=self.packed)
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; a loader with pin_memory asks for it."""
+        tensors = (self.tokens, self.labels, self.positions, self.sequence_ids, self.mask)
+        return Batch(*(tensor.pin_memory() for tensor in tensors), packed=self.packed)
+
     @property
     def info(self) -> TokenInfo:
         """What routers may know of the t tokens."""

@@ -94,14 +94,19 @@ def _find_contents(text: str, skeleton: str, contents: Sequence[str]) -> list[li
         return None
     at = len(first)
     for number, after in zip(rest[::2], rest[1::2], strict=True):
-        content = contents[int(number)]
-        stripped = (content, content.strip(), content.lstrip(), content.rstrip())
+        stripped = _stripped(contents[int(number)])
         inserted = next((s for s in stripped if text.startswith(s + after, at)), None)
         if inserted is None:
             return None
         spans[int(number)].append((at, at + len(inserted)))
         at += len(inserted + after)
     return spans if at == len(text) else None
+
+
+def _stripped(content: str) -> list[str]:
+    """The content as it is, and as templates strip it: all white space or line ends, any side."""
+    left = (content, content.lstrip("\n"), content.lstrip())
+    return [s for part in left for s in (part, part.rstrip("\n"), part.rstrip())]
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,7 +11,9 @@ from moe_builders.data.packing import PackedDataset, ShiftedDataset, read_sample
 from moe_builders.data.tokenizer import HFTokenizer
 from moe_builders.errors import InputError
 from moe_builders.instantiate import component_of, first_line, instantiate, signature_of
+from moe_builders.losses import IGNORE_INDEX
 
+_LOOKED_AT = 100  # rows in which at least one label must be
 _PACKING = ("packed", "split_across_pack")
 
 
@@ -31,7 +33,8 @@ def build_dataset(
         path: where in the config, for messages.
 
     Raises:
-        InputError: missing file or column, no samples, or sets that disagree about packing.
+        InputError: missing file or column, no samples, nothing to train on, or sets that disagree
+            about packing.
     """
     nodes = node if isinstance(node, list) else [node]
     if not nodes or not all(isinstance(n, Mapping) for n in nodes):
@@ -46,8 +49,16 @@ def build_dataset(
     parts = [_build_one(n, tokenizer, p) for n, p in zip(nodes, paths, strict=True)]
     dataset: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if packed:
-        return PackedDataset(dataset, max_seq_len=max_seq_len, split_across_pack=split, path=path)
-    return ShiftedDataset(dataset, max_seq_len=max_seq_len, path=path)
+        rows = PackedDataset(dataset, max_seq_len=max_seq_len, split_across_pack=split, path=path)
+    else:
+        rows = ShiftedDataset(dataset, max_seq_len=max_seq_len, path=path)
+    looked_at = range(min(len(rows), _LOOKED_AT))
+    if all(label == IGNORE_INDEX for i in looked_at for label in list(rows[i]["labels"])):
+        raise InputError(
+            f"{path}: no token of the first {len(looked_at)} rows is trained on: every label is "
+            f"masked, or was cut off at max_seq_len ({max_seq_len})"
+        )
+    return rows
 
 
 def _packing(node: Mapping[str, Any], *, path: str) -> tuple[bool, bool]:

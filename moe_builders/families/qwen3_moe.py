@@ -190,7 +190,7 @@ _INERT_FIELDS = frozenset({
     "initializer_range", "max_window_layers", "model_type", "output_router_logits", "pad_token_id",
     "router_aux_loss_coef", "sliding_window", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
-# Fields that are read, or honoured only at these values.
+# Fields that are honoured only at these values.
 _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0, 0.0),

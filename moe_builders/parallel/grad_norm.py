@@ -62,6 +62,7 @@ def _local_and_groups(grad: Tensor) -> tuple[Tensor, tuple]:
     if not isinstance(grad, DTensor):
         return grad, ()
     mesh = grad.device_mesh
+    assert all(p.is_shard() or p.is_replicate() for p in grad.placements), grad.placements
     groups = tuple(
         mesh.get_group(axis)
         for axis, placement in enumerate(grad.placements)

@@ -18,10 +18,16 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
     Returns:
         The exit code.
     """
+    rank = os.environ.get("RANK", "0")
     try:
-        main(parse())
+        config = parse()
+    except InputError as error:  # the same on every process: one of them says it
+        if rank == "0":
+            print(f"error: {_sentence(error)}", file=sys.stderr)  # noqa: T201
+        return 2
+    try:
+        main(config)
     except InputError as error:
-        rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}error: {_sentence(error)}", file=sys.stderr)  # noqa: T201 the user's terminal
         return 2

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe_builders.errors import InputError
 from moe_builders.parallel.world import World
 
 _KINDS = (
-    ("router", re.compile(r"layers\.\d+\.mlp\.router")),
-    ("experts", re.compile(r"layers\.\d+\.mlp\.experts")),
+    ("router", re.compile(r"layers\.\d+\.(.+\.)?router")),
+    ("experts", re.compile(r"layers\.\d+\.(.+\.)?experts")),
     ("layer", re.compile(r"layers\.\d+")),
 )
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward there is nothing to hook into
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ def shard_model(
     wide = torch.promote_types(compute_dtype, torch.float32)
     policies = {
         "router": MixedPrecisionPolicy(
-            param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False
+            param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=True
         ),
         "other": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide),
     }
     for group in sharding_plan(name for name, _ in model.named_modules()):
         module = model.get_submodule(group.module)
-        if next(module.parameters(), None) is None:
-            continue
+        if next(module.parameters(), None) is None or isinstance(module, _CONTAINERS):
+            continue  # a plain list of experts, say, is gathered with its layer
         fully_shard(
             module,
             mesh=world.mesh,
@@ -93,6 +96,17 @@ def local_shard(tensor: Tensor) -> LocalShard:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return LocalShard(tensor.to_local(), tuple(offset))
+
+
+def raise_together(error: InputError | None) -> None:
+    """Raise on every process if any has an error: none is left waiting for one that stopped."""
+    messages = [None if error is None else str(error)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        own, messages = messages[0], [None] * dist.get_world_size()
+        dist.all_gather_object(messages, own)
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise InputError(first) from error
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

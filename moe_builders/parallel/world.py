@@ -41,6 +41,12 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def send(self, value: Tensor) -> Tensor:
+        """Copy from the host to the compute device without waiting for it."""
+        if self.device.type == "cuda":
+            value = value.pin_memory()
+        return value.to(self.device, non_blocking=True)
+
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
@@ -79,13 +85,23 @@ def open_world(
     if joined_here:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=own_device if kind == "cuda" else None,
+            **alone,
+        )
+    names = ("dp_replicate", "dp_shard") if len(shape) == 2 else ("dp_shard",)
     try:
-        names = ("dp_replicate", "dp_shard") if len(shape) == 2 else ("dp_shard",)
         yield World(rank, size, own_device, init_device_mesh(kind, shape, mesh_dim_names=names))
-    finally:
-        if joined_here:
+    except BaseException:
+        # NCCL's farewell waits for processes that may be stuck; leaving without it lets this one
+        # end and the launcher stop the others
+        if joined_here and (kind == "cpu" or size == 1):
             dist.destroy_process_group()
+        raise
+    if joined_here:
+        dist.destroy_process_group()
 
 
 def _device_type(device: str) -> str:

@@ -14,13 +14,13 @@ from moe_builders.errors import InputError
 from moe_builders.instantiate import did_you_mean, first_line
 
 DTYPES = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64,
 }  # fmt: skip
 
 
 @dataclass
 class RouterLossConfig:
-    """Losses on the routing; a coefficient of 0 switches one off."""
+    """Losses on the routing; with a coefficient of 0 one is only watched."""
 
     load_balancing_coef: float = 0.0
     load_balancing_scope: str = "sequence"  # sequence | micro | global
@@ -59,7 +59,7 @@ class RecipeConfig:
 
     device: str = "auto"  # auto | cpu | cuda
     param_dtype: str = "fp32"  # storage: fp32 | bf16 | fp64
-    compute_dtype: str = "fp32"  # forward and backward: fp32 | bf16 | fp16 | fp64
+    compute_dtype: str = "fp32"  # forward and backward: fp32 | bf16 | fp64
     dp_replicate: int = 1  # copies of the sharded model
     dp_shard: int = -1  # processes that share one copy; -1: all that remain
     reshard_after_forward: bool = True  # free gathered layers between forward and backward
@@ -231,7 +231,7 @@ def _set(loaded: DictConfig, key: str, value: str) -> None:
     parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # pyright: ignore
     if isinstance(parsed, str) and isinstance(old := OmegaConf.select(loaded, key), DictConfig):
         key += "._component_" if "_component_" in old else ""
-    OmegaConf.update(loaded, key, parsed)
+    OmegaConf.update(loaded, key, parsed, merge=False)
 
 
 def _remove(loaded: DictConfig, key: str) -> None:

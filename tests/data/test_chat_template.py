@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from helpers_data import CHATML, GLM, INST, LLAMA, QUOTING, QWEN, write_tokenizer
+from helpers_data import BLOCKS, CHATML, GLM, INST, LLAMA, QUOTING, QWEN, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune.data import Message
@@ -10,7 +10,8 @@ from torchtune.data import Message
 from moe_builders.data.tokenizer import HFTokenizer
 from moe_builders.errors import InputError
 
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "inst": INST, "qwen": QWEN, "glm": GLM}
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "inst": INST, "qwen": QWEN, "glm": GLM,
+             "blocks": BLOCKS}  # fmt: skip
 ONE = [("user", "What is two?"), ("assistant", "It is 2.")]
 SYSTEM = [("system", "Be brief."), *ONE]
 MULTI = [*SYSTEM, ("user", "And three?"), ("assistant", "Yes.\n\nThree."), ("user", "Hm"),
@@ -20,9 +21,10 @@ WORDS = [("system", "assistant"), ("user", "assistant"), ("assistant", "user"),
 UNICODE = [("user", "é🙂 ẞ 漢字"), ("assistant", "👩‍👩‍👧 naïve 漢字🙂"), ("user", "e\u0301"),
            ("assistant", "🙂")]  # fmt: skip
 SPACES = [("user", "  a \n"), ("assistant", "\n\n  b \n"), ("user", "\tc"), ("assistant", " ")]
+EDGES = [("user", "a"), ("assistant", "\n b \n")]
 EMPTY = [("user", ""), ("assistant", "")]
 CHATS = {"one": ONE, "system": SYSTEM, "multi": MULTI, "words": WORDS, "unicode": UNICODE,
-         "spaces": SPACES, "empty": EMPTY}  # fmt: skip
+         "spaces": SPACES, "edges": EDGES, "empty": EMPTY}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ WANTED = {  # what a template leaves of the answers, with what ends each
     "qwen": lambda texts: "".join(f"{t}<|im_end|>" for t in [*texts[:-1], texts[-1].lstrip("\n")]),
     # the space before an answer's first word is one token with it, or one of its own
     "inst": lambda texts: "".join(f"{t.strip()} <|eos|>" for t in texts),
+    "blocks": lambda texts: "".join(f"{t}<|im_end|>" for t in texts),
     # the next turn's token ends an answer
     "glm": lambda texts: "<|user|>".join(texts),
 }
@@ -158,6 +161,11 @@ REFUSED = {
         "changes the contents of messages",
     ),
     "upper": ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ONE, "changes the"),
+    "added": (
+        "{{ messages[1].content }}{% if '2' in messages[1].content %}!{% endif %}",
+        ONE,
+        "changes the contents",
+    ),
     "thought": (QWEN, [("user", "a"), ("assistant", "<think>\nb\n</think>\n\nc")], "changes the"),
     "dropped": ("{{ messages[0].content }}", ONE, "leaves a message of 'assistant' out"),
     "roles": (INST, ONE[::-1], "refuses this conversation: roles must$"),

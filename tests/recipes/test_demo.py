@@ -23,7 +23,8 @@ def test_a_short_run_learns_for_the_right_reason(tmp_path):
     overrides = [
         f"base_model={data / 'base'}", f"output_dir={tmp_path / 'run'}", "max_seq_len=128",
         f"dataset.data_files={data / 'train.jsonl'}", "dataset_val=null", "batch_size=8",
-        "max_steps=150", "lr_scheduler.num_warmup_steps=5", "optimizer.lr=4e-3",
+        "max_steps=150", "lr_scheduler.num_warmup_steps=10", "optimizer.lr=3e-3",
+        "router_losses.load_balancing_coef=0.05",
     ]  # fmt: skip
     trained = recipe.main(load_config(find_config("qwen3_moe/python_stdlib"), overrides))
     tokenizer = Tokenizer.from_file(str(data / "base/tokenizer.json"))
@@ -37,6 +38,7 @@ def test_a_short_run_learns_for_the_right_reason(tmp_path):
     loss, without = tuned.nats / tuned.tokens, silenced.nats / silenced.tokens
     print(f"unigram {unigram:.3f}, tuned {loss:.3f}, silenced {without:.3f}, "
           f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    print({name: counts.tolist() for name, counts in tuned.load.items()})
     assert loss <= MOST_OF_UNIGRAM * unigram
     assert without >= loss + RISE_WITHOUT_EXPERTS
     assert all(dead_experts(counts) == 0 for counts in tuned.load.values())

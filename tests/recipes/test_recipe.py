@@ -37,8 +37,8 @@ def _losses(cfg):
 
 def test_activation_checkpointing_changes_no_bit(tmp_path):
     plain = losses_and_weights(config(tmp_path / "a", max_steps=4, **ADAMW))
-    saved = losses_and_weights(
-        config(tmp_path / "b", max_steps=4, enable_activation_checkpointing=True, **ADAMW))  # fmt: skip
+    changes = {"enable_activation_checkpointing": True} | ADAMW
+    saved = losses_and_weights(config(tmp_path / "b", max_steps=4, **changes))
     assert plain["loss"] == saved["loss"]
     assert all(torch.equal(plain["weights"][n], saved["weights"][n]) for n in plain["weights"])
 

@@ -1,0 +1,116 @@
+"""One true norm of all gradients, and clipping by it.
+
+That sharded and replicated gradients count once on several processes is shown in
+tests/distributed: weights after clipped steps do not depend on the split.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from moe_builders.errors import InputError
+from moe_builders.parallel.grad_norm import clip_gradients, global_grad_norm
+from moe_builders.parallel.world import open_world
+
+
+def parameters(*gradients):
+    found = []
+    for gradient in gradients:
+        parameter = nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient.clone()
+        found.append(parameter)
+    return found
+
+
+def draw(dtype=torch.float64, scale=1.0):
+    stream = torch.Generator().manual_seed(1)
+    shapes = [(3, 4), (7,), (), (2, 3, 5), (0, 4)]
+    return [scale * torch.randn(s, generator=stream, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_norm_is_torchs(scale):
+    ours, theirs = parameters(*draw(scale=scale)), parameters(*draw(scale=scale))
+    norm = global_grad_norm(ours)
+    assert norm.dtype == torch.float64
+    assert norm.shape == ()
+    wanted = nn.utils.clip_grad_norm_(theirs, 0.5)
+    torch.testing.assert_close(norm, wanted, rtol=1e-12, atol=0)
+    clip_gradients(ours, norm, 0.5)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=0)
+
+
+def test_clipping_by_hand():
+    (p,) = parameters(torch.tensor([3.0, 4.0]))
+    norm = global_grad_norm([p])
+    assert float(norm) == 5
+    clip_gradients([p], norm, 10.0)
+    assert p.grad.tolist() == [3.0, 4.0], "a small one is left as it is"
+    clip_gradients([p], norm, 2.5)
+    assert p.grad.tolist() == pytest.approx([1.5, 2.0], rel=1e-5)
+    assert p.grad.dtype == torch.float32
+
+
+def test_infinity_leaves_every_bit():
+    before = [*draw(torch.float32), torch.tensor([math.inf])]
+    after = parameters(*before)
+    clip_gradients(after, global_grad_norm(after), math.inf)
+    assert all(torch.equal(p.grad, g) for p, g in zip(after, before, strict=True))
+
+
+def test_small_gradients_of_narrow_types_do_not_underflow():
+    """1e-30 squared is no number of fp32, and a sum of bf16 would stop at 256."""
+    many = [torch.full((1000,), 1e-30), torch.full((100_000,), 1.0, dtype=torch.bfloat16)]
+    tiny, flat = parameters(many[0]), parameters(many[1])
+    assert float(global_grad_norm(tiny)) == pytest.approx(1e-30 * math.sqrt(1000), rel=1e-6)
+    assert float(global_grad_norm(flat)) == pytest.approx(math.sqrt(100_000), rel=1e-12)
+    clip_gradients(flat, global_grad_norm(flat), 1.0)
+    assert flat[0].grad.dtype == torch.bfloat16
+
+
+def test_parameters_without_a_gradient_are_passed_over():
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    unused = nn.Parameter(torch.ones(3))
+    (p,) = parameters(torch.tensor([3.0, 4.0]))
+    norm = global_grad_norm([frozen, p, unused])
+    assert float(norm) == 5
+    clip_gradients([frozen, p, unused], norm, 1.0)
+    assert unused.grad is None
+
+
+def test_no_gradient_at_all():
+    with pytest.raises(InputError, match="no gradient to take the norm of: run backward first"):
+        global_grad_norm([nn.Parameter(torch.ones(3))])
+    with pytest.raises(InputError, match="no gradient"):
+        global_grad_norm([])
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])
+def test_a_limit_that_would_stop_learning_is_refused(limit):
+    (p,) = parameters(torch.ones(2))
+    with pytest.raises(InputError, match=r"but must be above 0 \(null: no clipping\)"):
+        clip_gradients([p], torch.tensor(1.0), limit)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm():
+    broken = parameters(torch.tensor([1.0, math.inf]), torch.tensor([1.0]))
+    assert math.isinf(float(global_grad_norm(broken)))
+    broken = parameters(torch.tensor([1.0, math.nan]))
+    assert math.isnan(float(global_grad_norm(broken)))
+
+
+def test_sharded_gradients_on_one_process():
+    with open_world(device="cpu") as world:
+        plain = draw()
+        sharded = [DTensor.from_local(g.clone(), world.mesh, [Shard(0)]) for g in plain if g.ndim]
+        mixed = [*parameters(plain[2]), *parameters(*sharded)]
+        wanted = parameters(*plain)
+        norm = global_grad_norm(mixed)
+        torch.testing.assert_close(norm, global_grad_norm(wanted), rtol=1e-12, atol=0)
+        clip_gradients(mixed, norm, 0.1)
+        clip_gradients(wanted, norm, 0.1)
+        assert torch.equal(mixed[1].grad.to_local(), wanted[0].grad)

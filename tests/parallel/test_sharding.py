@@ -1,0 +1,171 @@
+"""What is gathered together, as data; on one process, and as four would hold it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import randomise
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moe_builders.errors import InputError
+from moe_builders.families.qwen3_moe import qwen3_moe_tiny
+from moe_builders.moe import collect_routing
+from moe_builders.parallel.sharding import (
+    ShardGroup,
+    local_shard,
+    raise_together,
+    shard_model,
+    sharding_plan,
+    whole_tensor,
+)
+from moe_builders.parallel.world import open_world
+
+TOKENS = torch.arange(24).view(2, 12) % 64
+
+
+@pytest.fixture
+def world():
+    with open_world(device="cpu") as opened:
+        yield opened
+
+
+def test_plan_by_hand():
+    names = ["", "tok_embeddings", "layers", "layers.0", "layers.0.attn", "layers.0.mlp",
+             "layers.0.mlp.router", "layers.0.mlp.router.gate", "layers.0.mlp.experts",
+             "layers.0.mlp.shared_experts", "layers.11", "layers.11.mlp.experts", "output",
+             "players.0", "layers.0.mlp.experts_too", "layers.0.mlp.inner.experts"]  # fmt: skip
+    assert sharding_plan(names) == [
+        ShardGroup("layers.0.mlp.router", "router"),
+        ShardGroup("layers.0.mlp.experts", "experts"),
+        ShardGroup("layers.11.mlp.experts", "experts"),
+        ShardGroup("layers.0.mlp.inner.experts", "experts"),
+        ShardGroup("layers.0", "layer"),
+        ShardGroup("layers.11", "layer"),
+        ShardGroup("", "root"),
+    ]
+
+
+def test_a_plan_starts_inside(world):
+    model = qwen3_moe_tiny(vocab_size=64)
+    plan = [g.module for g in sharding_plan(name for name, _ in model.named_modules())]
+    for number, name in enumerate(plan):
+        outer = [p for p in plan[:number] if p == "" or name.startswith(f"{p}.")]
+        assert not outer, f"{name} is applied after {outer}"
+    assert len(plan) == 2 * 3 + 1
+    names = [name for name, _ in model.named_parameters()]
+    shard_model(model, world, compute_dtype=torch.float32, reshard_after_forward=True)
+    assert [name for name, _ in model.named_parameters()] == names, "names stay"
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    sharded = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    assert sharded == set(plan)
+
+
+def test_sharded_on_one_process_is_the_same_model(world):
+    model = randomise(qwen3_moe_tiny(vocab_size=64)).double()
+    plain = model(TOKENS)
+    (plain**2).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    shard_model(model, world, compute_dtype=torch.float64, reshard_after_forward=True)
+    out = model(TOKENS)
+    assert torch.equal(out, plain)
+    (out**2).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(whole_tensor(parameter.grad), wanted[name]), name
+
+
+def test_routers_compute_in_fp32_whatever_the_rest_does(world):
+    model = randomise(qwen3_moe_tiny(vocab_size=64))
+    gates = {
+        n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("gate.weight")
+    }
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.router"):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))  # fmt: skip
+    shard_model(model, world, compute_dtype=torch.bfloat16, reshard_after_forward=True)
+    out = model(TOKENS)
+    assert out.dtype == torch.float32
+    for name, routing in collect_routing(model).items():
+        x, gate = seen[f"{name}.router"], gates[f"{name}.router.gate.weight"]
+        assert x.dtype == torch.float32, "a user's router may multiply x as it comes"
+        assert torch.equal(x, x.bfloat16().float()), "the rest computes in bf16"
+        assert not torch.equal(gate, gate.bfloat16().float()), "rounding would show"
+        assert routing.logits.dtype == routing.probs.dtype == torch.float32
+        torch.testing.assert_close(routing.logits.detach(), x.float() @ gate.T, rtol=0, atol=1e-5)
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+class OwnMixture(nn.Module):
+    """Somebody's mlp: a router without parameters, experts in a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Identity()
+        self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+
+def test_what_cannot_be_a_group_goes_with_its_layer(world):
+    layer, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    layer.mlp = OwnMixture()
+    model.layers = nn.ModuleList([layer])
+    shard_model(model, world, compute_dtype=torch.float32, reshard_after_forward=True)
+    sharded = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    assert sharded == {"", "layers.0"}
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def test_a_model_on_the_meta_device_is_sharded_there(world):
+    with torch.device("meta"):
+        model = qwen3_moe_tiny(vocab_size=64)
+    shard_model(model, world, compute_dtype=torch.float32, reshard_after_forward=True)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    shard = local_shard(next(model.parameters()))
+    assert shard.tensor.shape == (64, 64)
+    assert shard.offset == (0, 0)
+
+
+def test_one_process_raises_what_it_has(world):
+    raise_together(None)
+    error = InputError("a damaged file")
+    with pytest.raises(InputError, match=r"^a damaged file$") as caught:
+        raise_together(error)
+    assert caught.value.__cause__ is error
+
+
+def test_plain_tensors_are_whole():
+    tensor = torch.arange(6).view(2, 3)
+    shard = local_shard(tensor)
+    assert shard.tensor is tensor is whole_tensor(tensor)
+    assert shard.offset == (0, 0)
+    assert local_shard(torch.tensor(3.0)).offset == ()
+
+
+@pytest.mark.parametrize(
+    ("axes", "places", "wanted"),
+    [
+        ((4,), [Shard(0)], [(0, 2), (2, 2), (4, 1), (5, 0)]),
+        ((2, 2), [Replicate(), Shard(0)], [(0, 3), (3, 2), (0, 3), (3, 2)]),
+        ((4,), [Replicate()], [(0, 5)] * 4),
+    ],
+)
+def test_which_rows_four_processes_hold(axes, places, wanted):
+    """5 rows over 4 processes: ragged, and one holds none."""
+    found = []
+    for rank in range(4):
+        dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+        try:
+            names = ("dp_replicate", "dp_shard")[-len(axes) :]
+            mesh = init_device_mesh("cpu", axes, mesh_dim_names=names)
+            shard = local_shard(zeros(5, 3, device_mesh=mesh, placements=places))
+        finally:
+            dist.destroy_process_group()
+        assert shard.offset[1] == 0
+        assert shard.tensor.shape[1] == 3
+        found.append((shard.offset[0], shard.tensor.shape[0]))
+    assert found == wanted

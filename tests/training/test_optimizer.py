@@ -1,0 +1,131 @@
+"""Optimizers and schedules from a config; plain ones on bf16 weights are refused."""
+
+import pytest
+import torch
+from torch import nn
+from torchtune.training import get_cosine_schedule_with_warmup
+
+from moe_builders.errors import InputError
+from moe_builders.training.optimizer import build_optimizer, build_scheduler
+from moe_builders.training.reporting import peak_memory_gib
+
+ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3}
+COSINE = {"_component_": "torchtune.training.get_cosine_schedule_with_warmup",
+          "num_warmup_steps": 2}  # fmt: skip
+
+
+class Stochastic(torch.optim.Optimizer):
+    """Stands for an optimizer of somebody else's, outside torch.optim."""
+
+    def __init__(self, parameters, lr=1.0):
+        super().__init__(parameters, {"lr": lr})
+
+
+def model(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+
+
+def test_over_all_parameters_that_take_a_gradient():
+    net = model()
+    net[1].bias.requires_grad_(False)
+    optimizer = build_optimizer(ADAMW | {"weight_decay": 0.3, "betas": [0.8, 0.9]}, net)
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in list(net.parameters())[:3]]
+    assert (group["lr"], group["weight_decay"], list(group["betas"])) == (1e-3, 0.3, [0.8, 0.9])
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "adamw.AdamW", "NAdam", "Adafactor"])
+def test_torchs_own_on_bf16_weights_are_refused_with_the_remedy(name):
+    node = {"_component_": f"torch.optim.{name}", "lr": 1e-3}
+    with pytest.raises(InputError, match="set param_dtype=fp32") as caught:
+        build_optimizer(node, model(torch.bfloat16))
+    assert "\n" not in str(caught.value)
+    build_optimizer(node, model(torch.float32))
+
+
+def test_one_bf16_weight_is_enough():
+    net = model()
+    net[1].to(torch.bfloat16)
+    with pytest.raises(InputError, match="would round most updates away"):
+        build_optimizer(ADAMW, net)
+    for parameter in net[1].parameters():
+        parameter.requires_grad_(False)
+    build_optimizer(ADAMW, net)
+
+
+def test_ones_own_on_bf16_weights_is_accepted_and_torchaos_is_not():
+    net = model(torch.bfloat16)
+    rounding = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3, "bf16_stochastic_round": True}
+    with pytest.raises(InputError, match="set param_dtype=fp32"):
+        build_optimizer(rounding, net)  # its first step fails on sharded bf16 weights
+    optimizer = build_optimizer(rounding | {"bf16_stochastic_round": False}, model())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    own = build_optimizer({"_component_": "test_optimizer.Stochastic", "lr": 0.5}, net)
+    assert type(own) is Stochastic
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (None, "optimizer needs a _component_"),
+        ("torch.optim.AdamW", "optimizer needs a _component_"),
+        ({"lr": 1}, "optimizer needs a _component_"),
+        (ADAMW | {"fusde": True}, r"unknown key optimizer.fusde \(did you mean 'fused'\?\); AdamW"),
+        (ADAMW | {"fused": "yes"}, "optimizer.fused is 'yes', but must be true or false or null"),
+        (ADAMW | {"lr": -1.0}, "optimizer: AdamW: Invalid learning rate: -1.0"),
+        (ADAMW | {"lr": "high"}, "optimizer: .*"),
+        (ADAMW | {"lr": None}, "optimizer: .*"),
+        (ADAMW | {"params": []}, "optimizer: AdamW: multiple values for argument 'params'"),
+        ({"_component_": "torch.optim.AdmW"}, r"torch.optim has no 'AdmW' \(did you mean"),
+    ],
+)  # fmt: skip
+def test_bad_optimizers_are_one_sentence(node, message):
+    with pytest.raises(InputError, match=message) as caught:
+        build_optimizer(node, model())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_schedule_over_the_runs_steps():
+    optimizer = build_optimizer(ADAMW, model())
+    scheduler = build_scheduler(COSINE, optimizer, num_steps=10)
+    other = build_optimizer(ADAMW, model())
+    wanted = get_cosine_schedule_with_warmup(other, num_warmup_steps=2, num_training_steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert rates[-1] == other.param_groups[0]["lr"]
+        for step in (optimizer.step, scheduler.step, other.step, wanted.step):
+            step()
+    assert rates[0] == 0
+    assert rates[2] == 1e-3 == max(rates)
+    assert rates[9] < 1e-4
+    assert build_scheduler(None, optimizer, num_steps=10) is None
+
+
+def test_schedules_that_do_not_ask_for_the_number_of_steps():
+    optimizer = build_optimizer(ADAMW, model())
+    node = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
+    scheduler = build_scheduler(node, optimizer, num_steps=10)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_component_": COSINE["_component_"]}, "missing a required argument: 'num_warmup_steps'"),
+        (COSINE | {"num_warmup_stepz": 2}, r"unknown key lr_scheduler.num_warmup_stepz \(did you"),
+        (COSINE | {"num_warmup_steps": 0.1}, "lr_scheduler.num_warmup_steps is 0.1, but must be a"),
+        ("cosine", "lr_scheduler needs a _component_"),
+    ],
+)  # fmt: skip
+def test_bad_schedules_are_one_sentence(node, message):
+    with pytest.raises(InputError, match=message) as caught:
+        build_scheduler(node, build_optimizer(ADAMW, model()), num_steps=10)
+    assert "\n" not in str(caught.value)
+
+
+def test_nobody_counts_the_cpus_memory():
+    assert peak_memory_gib(torch.device("cpu")) is None
