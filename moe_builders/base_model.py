@@ -115,7 +115,7 @@ def open_base_model(
 def check_paths(output: str | Path, *, base_model: str | None) -> None:
     """Look at both ends of a run before any work is done; no weights are read.
 
-    A run writes config.yaml, logs/ and model/; a model/ of an earlier run is replaced.
+    A run writes torchtune_config.yaml, logs/ and model/; a model/ of an earlier run is replaced.
 
     Raises:
         InputError: a file where a folder must be; a model/ that is the base model or above it, or
@@ -131,15 +131,19 @@ def check_paths(output: str | Path, *, base_model: str | None) -> None:
         if not is_own_folder(base_model):
             read_hf_source(base_model)
         origin = Path(base_model).resolve()
+        if output.resolve() == origin:
+            raise InputError(
+                f"output_dir {output} is base_model itself, which is left as it is: choose another"
+            )
         if model.resolve() in (origin, *origin.parents):
             raise InputError(
                 f"the trained model would be written to {model} and replace base_model "
                 f"{base_model}: choose another output_dir"
             )
-    if model.is_dir() and any(model.iterdir()) and not (output / "config.yaml").is_file():
+    if model.is_dir() and any(model.iterdir()) and not (output / "torchtune_config.yaml").is_file():
         raise InputError(
-            f"{model} would be replaced, but no run has written it (there is no config.yaml beside "
-            "it): choose another output_dir"
+            f"{model} would be replaced, but no run has written it (there is no "
+            "torchtune_config.yaml beside it): choose another output_dir"
         )
 
 

@@ -235,7 +235,10 @@ def run(config: RecipeConfig, world: World) -> Trained:
     if world.is_first:
         loggers = build_loggers(config.metric_logger, output_dir=config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(config), output / "config.yaml")
+        settings = OmegaConf.structured(config)
+        OmegaConf.save(settings, output / "torchtune_config.yaml")
+        for logger in loggers:
+            logger.log_config(settings)
     reporter = Reporter(
         loggers, total=num_steps, every=config.log_every_n_steps, show=world.is_first
     )

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 
 from moe_builders.data.loader import training_steps
+from moe_builders.errors import InputError
 from moe_builders.losses import IGNORE_INDEX
 from moe_builders.moe import collect_routing
 from moe_builders.parallel.sharding import whole_tensor
@@ -16,6 +17,14 @@ from moe_builders.parallel.world import open_world
 from moe_builders.training.config import check_config
 
 VOCAB = 64
+HF_CONFIG = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCAB,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 32, "num_experts": 8,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 256,
+    "rope_theta": 10000.0, "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "torch_dtype": "float32",
+}  # fmt: skip
 
 
 class RaggedDataset:
@@ -123,3 +132,16 @@ def _rank(rank, size, port, cases, folder):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     if rank == 0:
         torch.save(answers, f"{folder}/ranks{size}.pt")
+
+
+def sentence_of(cfg):
+    """The InputError of a run, as each process got it."""
+    with open_world(device="cpu") as world:
+        sentence = None
+        try:
+            recipe.run(cfg, world)
+        except InputError as error:
+            sentence = str(error)
+        sentences = [None] * world.size
+        torch.distributed.all_gather_object(sentences, sentence)
+        return sentences

@@ -150,10 +150,24 @@ def test_both_ends_of_a_run(folder, tmp_path):
     (tmp_path / "out/model/notes.txt").touch()
     with pytest.raises(InputError, match="no run has written it"):
         check_paths(tmp_path / "out", base_model=None)
-    (tmp_path / "out/config.yaml").touch()
+    (tmp_path / "out/torchtune_config.yaml").touch()
     check_paths(tmp_path / "out", base_model=None)
     opened(component=OWN).save(tmp_path / "deep/model/inside", write=True)
     with pytest.raises(InputError, match="replace base_model"):
         check_paths(tmp_path / "deep", base_model=str(tmp_path / "deep/model/inside"))
     with pytest.raises(InputError, match="nowhere is not a folder"):
         check_paths(tmp_path / "new", base_model=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="is base_model itself"):
+        check_paths(folder, base_model=str(folder))
+
+
+def test_weights_are_not_lost_when_the_source_has_gone(folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    base = opened(source)
+    model = base.fill(CPU)
+    shutil.rmtree(source)
+    with pytest.raises(InputError, match=r"is gone.*trained weights were saved to .*own_names"):
+        base.save(tmp_path / "model", write=True)
+    rescued = load_file(tmp_path / "model.own_names/model.safetensors")
+    assert all(torch.equal(rescued[name], value) for name, value in model.state_dict().items())

@@ -5,7 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers_train import HF_CONFIG
 
+from moe_builders.hub import create_hf_model
 from moe_builders.training.config import RecipeConfig, RouterLossConfig
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +22,9 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "/models/" in block:  # a reader's own folder: a tiny one stands in for it
+        create_hf_model(tmp_path / "models" / "tiny", HF_CONFIG, seed=0)
+        block = re.sub(r"/models/[\w.-]+", str(tmp_path / "models" / "tiny"), block)
     exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 

@@ -33,7 +33,7 @@ class RouterLossConfig:
 class RecipeConfig:
     """Configuration of ``moe_full_finetune``; names as in torchtune where it has the key."""
 
-    output_dir: str = MISSING  # config.yaml, logs/ and model/ are written here
+    output_dir: str = MISSING  # torchtune_config.yaml, logs/ and model/ are written here
     base_model: str | None = None  # HF folder, or a folder that a run saved under our own names
     model: Any = None  # component; null: what base_model's config.json says
     init_std: float | None = 0.02  # of a model without base_model; null: as its modules drew it

@@ -70,7 +70,7 @@ def place(tmp_path, monkeypatch, base):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "out/model").mkdir(parents=True)
-    (tmp_path / "out/config.yaml").write_text("of an earlier run")
+    (tmp_path / "out/torchtune_config.yaml").write_text("of an earlier run")
     (tmp_path / "out/model/model.safetensors").write_bytes(b"of an earlier run")
     (tmp_path / "out/notes.txt").write_text("mine")
     OmegaConf.save(

@@ -42,4 +42,4 @@ def test_a_short_run_learns_for_the_right_reason(tmp_path):
     assert loss <= MOST_OF_UNIGRAM * unigram
     assert without >= loss + RISE_WITHOUT_EXPERTS
     assert all(dead_experts(counts) == 0 for counts in tuned.load.values())
-    assert OmegaConf.load(tmp_path / "run/config.yaml").max_steps == 150
+    assert OmegaConf.load(tmp_path / "run/torchtune_config.yaml").max_steps == 150

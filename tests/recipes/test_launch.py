@@ -64,6 +64,16 @@ def test_tune_run_and_its_launch_forms_agree(empty):
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)
 
 
+def test_the_composed_example_runs_from_its_own_folder(empty):
+    for name in ("compose_model.py", "compose_model.yaml"):
+        shutil.copy(ROOT / "examples" / name, empty)
+    run(empty, "tune", "run", "moe_full_finetune", "--config", "compose_model.yaml",
+        "output_dir=composed", "model.vocab_size=64", "max_steps=2", "batch_size=2",
+        "~tokenizer", "tokenizer={_component_: helpers_train.NoTokenizer}",
+        "~dataset", "dataset={_component_: helpers_train.RaggedDataset, packed: true}")  # fmt: skip
+    assert (empty / "composed/model/moe_builders.json").is_file()
+
+
 def test_a_mistake_is_one_sentence(empty):
     result = run(empty, "tune", "run", "moe_full_finetune", "--config", "tiny.yaml",
                  "batchsize=4", code=2)  # fmt: skip

@@ -5,20 +5,20 @@ import json
 import moe_full_finetune as recipe
 import pytest
 import torch
-from helpers_train import VOCAB, RaggedDataset, config, first_step, losses_and_weights, on_ranks
+from helpers_train import (
+    HF_CONFIG,
+    VOCAB,
+    RaggedDataset,
+    config,
+    first_step,
+    losses_and_weights,
+    on_ranks,
+)
 from safetensors.torch import load_file
 
 from moe_builders.data.packing import PackedDataset
 from moe_builders.hub import create_hf_model, load_hf_model
 
-HF_CONFIG = {
-    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCAB,
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 32, "num_experts": 8,
-    "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 256,
-    "rope_theta": 10000.0, "mlp_only_layers": [], "decoder_sparse_step": 1,
-    "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "torch_dtype": "float32",
-}  # fmt: skip
 ADAMW = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}}
 PACKED = {"_component_": "helpers_train.RaggedDataset", "packed": True, "num_samples": 12}
 UNPACKED = PACKED | {"packed": False}
@@ -156,4 +156,4 @@ def test_the_log_holds_every_step(tmp_path):
     wanted = {"step", "loss", "balance", "z", "grad_norm", "lr", "tokens_per_second",
               "max_violation", "dead_experts"}  # fmt: skip
     assert set(trained.history[0]) == wanted
-    assert (tmp_path / "config.yaml").is_file()
+    assert (tmp_path / "torchtune_config.yaml").is_file()
