@@ -82,7 +82,9 @@ def build_loader(
     """Training micro-batches, or all of the validation set in order."""
     path = "dataset_val" if validation else "dataset"
     node = config.dataset_val if validation else config.dataset
-    dataset = build_dataset(node, tokenizer, max_seq_len=config.max_seq_len, path=path)
+    dataset = build_dataset(
+        node, tokenizer, max_seq_len=config.max_seq_len, path=path, show=world.is_first
+    )
     sampler = StepSampler(
         num_samples=len(dataset),
         batch_size=config.batch_size,

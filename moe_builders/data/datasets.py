@@ -18,7 +18,12 @@ _PACKING = ("packed", "split_across_pack")
 
 
 def build_dataset(
-    node: Any, tokenizer: HFTokenizer, *, max_seq_len: int, path: str = "dataset"
+    node: Any,
+    tokenizer: HFTokenizer,
+    *,
+    max_seq_len: int,
+    path: str = "dataset",
+    show: bool = False,
 ) -> PackedDataset | ShiftedDataset:
     """Build the data set (or the concatenation of a list of them) that a config describes.
 
@@ -31,6 +36,7 @@ def build_dataset(
             max_seq_len unless they are split across rows.
         max_seq_len: longest row.
         path: where in the config, for messages.
+        show: draw a progress bar while rows are packed.
 
     Raises:
         InputError: missing file or column, no samples, nothing to train on, or sets that disagree
@@ -49,7 +55,9 @@ def build_dataset(
     parts = [_build_one(n, tokenizer, p) for n, p in zip(nodes, paths, strict=True)]
     dataset: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if packed:
-        rows = PackedDataset(dataset, max_seq_len=max_seq_len, split_across_pack=split, path=path)
+        rows = PackedDataset(
+            dataset, max_seq_len=max_seq_len, split_across_pack=split, path=path, show=show
+        )
     else:
         rows = ShiftedDataset(dataset, max_seq_len=max_seq_len, path=path)
     looked_at = range(min(len(rows), _LOOKED_AT))

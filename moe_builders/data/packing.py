@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from moe_builders.data.batch import shift_labels
 from moe_builders.errors import InputError
@@ -86,6 +87,7 @@ class PackedDataset(Dataset):
         split_across_pack: fill each row to the end and go on with the rest of the document in the
             next row; False: a document that does not fit starts a new row.
         path: where in the config the data set stands, for messages.
+        show: draw a progress bar while the documents are read.
 
     Raises:
         InputError: a document longer than a row that may not be split.
@@ -98,11 +100,15 @@ class PackedDataset(Dataset):
         max_seq_len: int,
         split_across_pack: bool = True,
         path: str = "dataset",
+        show: bool = False,
     ) -> None:
         self.max_seq_len = max_seq_len
         self.rows: list[dict[str, Any]] = []
         row: dict[str, list[int]] = {"tokens": [], "labels": [], "lengths": []}
-        for index in range(len(dataset)):
+        samples = tqdm(
+            range(len(dataset)), desc=f"packing {path}", disable=not show, leave=False, delay=2
+        )
+        for index in samples:
             tokens, labels = read_sample(dataset, index, path)
             labels = shift_labels(labels)
             if not split_across_pack and len(tokens) > max_seq_len:
