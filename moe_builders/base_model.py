@@ -91,7 +91,8 @@ def open_base_model(
         if component is not None:
             raise InputError(
                 f"base_model {folder} is a Hugging Face folder, whose config.json says what to "
-                "build: leave model out, or give a base_model that a run saved"
+                "build: leave model out; or, for a model of your own with random weights, leave "
+                "base_model out and set tokenizer to that folder's"
             )
         return BaseModel(build_hf_model(source, dtype=dtype), folder, source, None)
     if component is None and folder is not None:
@@ -127,7 +128,10 @@ def check_paths(output: str | Path, *, base_model: str | None) -> None:
         check_output_folder(folder)
     if base_model is not None:
         if not Path(base_model).is_dir():
-            raise InputError(f"base_model {base_model} is not a folder")
+            raise InputError(
+                f"base_model {base_model} is not a folder here: it must be a local one, with the "
+                "downloaded config.json, safetensors and tokenizer"
+            )
         if not is_own_folder(base_model):
             read_hf_source(base_model)
         origin = Path(base_model).resolve()

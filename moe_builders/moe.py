@@ -31,7 +31,8 @@ class MoE(nn.Module):
             "before" (their input, as in Llama 4: a different model).
 
     Raises:
-        InputError: unknown score_position, or a shared_gate without shared_experts.
+        InputError: unknown score_position, a shared_gate without shared_experts, or a router for
+            another number of experts.
     """
 
     def __init__(
@@ -51,6 +52,13 @@ class MoE(nn.Module):
             )
         if shared_gate is not None and shared_experts is None:
             raise InputError("shared_gate is given, but there are no shared_experts to gate")
+        served, there = getattr(router, "num_experts", None), getattr(experts, "num_experts", None)
+        if served is None:
+            raise InputError(f"the router {type(router).__name__} lacks an attribute num_experts")
+        if there is not None and served != there:
+            raise InputError(
+                f"the router serves {served} experts, but there are {there}: give both the same"
+            )
         self.router = router
         self.experts = experts
         self.shared_experts = shared_experts

@@ -1,6 +1,6 @@
 """Full fine-tuning of a mixture-of-experts model, on one process or many.
 
-    tune run moe_full_finetune --config qwen3_moe/30B_A3B_full base_model=/path dataset.source=...
+    tune run moe_full_finetune --config qwen3_moe/30B_A3B_full base_model=/path batch_size=2
     tune run --nproc_per_node 8 moe_full_finetune --config ...
 
 One file, read from top to bottom: ``main`` at the end calls what stands above it. To change how
@@ -274,9 +274,10 @@ def run(config: RecipeConfig, world: World) -> Trained:
                 started = time.perf_counter()
             if last:
                 break
-    folder = output / "model"
-    base.save(folder, write=world.is_first)
-    world.barrier()
+        folder = output / "model"
+        base.save(folder, write=world.is_first)
+        world.barrier()
+        reporter.say(f"saved {folder}")
     return Trained(reporter.history, validations, folder)
 
 

@@ -18,7 +18,7 @@ from helpers import (
 from torch import nn
 
 from moe_builders.errors import InputError
-from moe_builders.moe import collect_routing, moe_layer
+from moe_builders.moe import MoE, collect_routing, moe_experts, moe_layer
 from moe_builders.routers import ExpertChoiceTopKRouter, TokenChoiceTopKRouter
 from moe_builders.routing import TokenInfo, expert_of_rows
 
@@ -173,3 +173,12 @@ def test_moe_layer_from_plain_numbers():
 def test_refused(changes, message):
     with pytest.raises(InputError, match=message):
         moe_layer(embed_dim=D, expert_hidden_dim=H, num_experts=E, **changes)
+
+
+def test_a_router_for_other_experts_is_refused():
+    experts = moe_experts(embed_dim=8, expert_hidden_dim=4, num_experts=4)
+    router = TokenChoiceTopKRouter(dim=8, num_experts=8, experts_per_token=2)
+    with pytest.raises(InputError, match="serves 8 experts, but there are 4"):
+        MoE(router=router, experts=experts)
+    with pytest.raises(InputError, match="Identity lacks an attribute num_experts"):
+        MoE(router=nn.Identity(), experts=experts)

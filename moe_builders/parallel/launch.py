@@ -23,13 +23,13 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
         config = parse()
     except InputError as error:  # the same on every process: one of them says it
         if rank == "0":
-            print(f"error: {_sentence(error)}", file=sys.stderr)  # noqa: T201
+            sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
     try:
         main(config)
     except InputError as error:
         where = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{where}error: {_sentence(error)}", file=sys.stderr)  # noqa: T201 the user's terminal
+        sys.stderr.write(f"{where}error: {_sentence(error)}\n")  # in one piece: others write too
         return 2
     return 0
 

@@ -28,6 +28,9 @@ def build_optimizer(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
             f"param_dtype=bf16 with {node['_component_']} would round most updates away: set "
             "param_dtype=fp32 (with compute_dtype=bf16)"
         )
+    for key in ("lr", "weight_decay", "eps"):
+        if isinstance(node.get(key), str):
+            raise InputError(f"optimizer.{key} is the text {node[key]!r}, but must be a number")
     try:
         return instantiate(node, parameters, path="optimizer")
     except TypeError as error:  # torch compares a rate with 0 before it asks what it is
