@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from helpers_train import HF_CONFIG
+from omegaconf import OmegaConf
 
 from moe_builders.hub import create_hf_model
-from moe_builders.training.config import RecipeConfig, RouterLossConfig
+from moe_builders.instantiate import find_component
+from moe_builders.training.config import RecipeConfig, RouterLossConfig, check_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +28,26 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
         create_hf_model(tmp_path / "models" / "tiny", HF_CONFIG, seed=0)
         block = re.sub(r"/models/[\w.-]+", str(tmp_path / "models" / "tiny"), block)
     exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
+def test_yaml_blocks_are_configurations():
+    """Whole ones as they are; a part is put into the rest of one."""
+    whole = {"output_dir": "out", "dataset": {}, "optimizer": {}}
+    seen = 0
+    for page in PAGES:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+            values = OmegaConf.create(block)
+            check_config(OmegaConf.create(whole | dict(values)))  # unknown keys raise
+            for node in values.values():
+                if OmegaConf.is_dict(node):
+                    find_component_of_docs(node["_component_"])
+            seen += 1
+    assert seen >= 5
+
+
+def find_component_of_docs(name):
+    if not name.startswith("mymodel."):  # the reader's own
+        find_component(name, path="docs")
 
 
 def test_links_lead_somewhere():
