@@ -1,7 +1,6 @@
 """Small runs of the real recipe, in this process or on spawned gloo ranks."""
 
-import os
-import socket
+import uuid
 
 import moe_full_finetune as recipe
 import torch
@@ -115,23 +114,19 @@ def on_ranks(size, cases, folder):
     Returns:
         {name: what rank 0 got}; the other ranks' answers must have been equal.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, args=(size, port, cases, str(folder)), nprocs=size)
+    # they meet at a file: a port that is free now may be taken a moment later
+    meeting = f"file://{folder}/{uuid.uuid4().hex}"
+    mp.spawn(_rank, args=(size, meeting, cases, str(folder)), nprocs=size)
     return torch.load(f"{folder}/ranks{size}.pt", weights_only=False)
 
 
-def _rank(rank, size, port, cases, folder):
+def _rank(rank, size, meeting, cases, folder):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    answers = {}
-    for name, (function, cfg) in cases.items():
-        answers[name] = globals()[function](cfg)
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    answers = {name: globals()[function](cfg) for name, (function, cfg) in cases.items()}
     if rank == 0:
         torch.save(answers, f"{folder}/ranks{size}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def sentence_of(cfg):

@@ -56,7 +56,16 @@ def test_tune_run_and_its_launch_forms_agree(empty):
     run(empty, "tune", "run", "--nproc_per_node", "2", "moe_full_finetune", *config,
         "output_dir=two")  # fmt: skip
     run(empty, "tune", "run", "mine", *config, "output_dir=copy", "batch_size=4")
-    run(empty, "torchrun", "--nproc_per_node", "2", "mine.py", *config, "output_dir=torchrun")
+    run(
+        empty,
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "mine.py",
+        *config,
+        "output_dir=torchrun",
+    )
     one = load_file(empty / "one/model/model.safetensors")
     for other in ("two", "copy", "torchrun"):
         weights = load_file(empty / other / "model/model.safetensors")
