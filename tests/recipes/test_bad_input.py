@@ -14,6 +14,7 @@ from helpers_data import (
     write_jsonl,
     write_tokenizer,
 )  # fmt: skip
+from helpers_train import HF_CONFIG as HF_TINY
 from omegaconf import OmegaConf
 
 from moe_builders.hub import create_hf_model
@@ -21,13 +22,10 @@ from moe_builders.parallel.launch import launch
 from moe_builders.training.config import parse_command_line
 
 VOCAB = 512  # more than the tokenizer has
-HF_CONFIG = {
-    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCAB,
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+HF_CONFIG = HF_TINY | {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 16, "num_experts": 4,
-    "num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 64,
-    "rope_theta": 10000.0, "mlp_only_layers": [], "decoder_sparse_step": 1,
-    "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "torch_dtype": "float32",
+    "max_position_embeddings": 64,
 }  # fmt: skip
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
 TINY = "moe_builders.families.qwen3_moe.qwen3_moe_tiny"
