@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from moe_builders.errors import InputError
 from moe_builders.instantiate import did_you_mean, first_line
+from moe_builders.training.schema import above, at_least, check_ranges, one_of
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64,
@@ -22,11 +23,12 @@ DTYPES = {
 class RouterLossConfig:
     """Losses on the routing; with a coefficient of 0 one is only watched."""
 
-    load_balancing_coef: float = 0.0
-    load_balancing_scope: str = "sequence"  # sequence | micro | global
+    load_balancing_coef: float = at_least(0, default=0.0)
+    load_balancing_scope: str = one_of("sequence", "micro", "global")
     global_exact: bool = False  # scope global: count a whole step first (one more forward)
-    z_coef: float = 0.0
-    mask: str = "padding"  # which tokens count: padding = all real ones | labels = labelled ones
+    z_coef: float = at_least(0, default=0.0)
+    # which tokens count: padding = all real ones | labels = labelled ones
+    mask: str = one_of("padding", "labels")
 
 
 @dataclass
@@ -36,30 +38,31 @@ class RecipeConfig:
     output_dir: str = MISSING  # torchtune_config.yaml, logs/ and model/ are written here
     base_model: str | None = None  # HF folder, or a folder that a run saved under our own names
     model: Any = None  # component; null: what base_model's config.json says
-    init_std: float | None = 0.02  # of a model without base_model; null: as its modules drew it
+    # of a model without base_model; null: as its modules drew it
+    init_std: float | None = at_least(0, default=0.02)
     tokenizer: Any = None  # component; null: of base_model
 
     dataset: Any = MISSING  # component, or a list of them
     dataset_val: Any = None  # component, or a list of them
-    max_seq_len: int = 2048  # tokens; longest row
+    max_seq_len: int = at_least(1, default=2048)  # tokens; longest row
     shuffle: bool = True
-    num_workers: int = 0  # processes that prepare batches ahead
-    pad_to_multiple_of: int = 1  # tokens; rows that are not packed are rounded up to it
+    num_workers: int = at_least(0, default=0)  # processes that prepare batches ahead
+    pad_to_multiple_of: int = at_least(1, default=1)  # tokens; rows not packed are rounded up
 
-    batch_size: int = 1  # rows of a micro-batch on one process
-    gradient_accumulation_steps: int = 1  # micro-batches a step
-    epochs: int = 1
-    max_steps: int | None = None  # optimizer steps in all; null: as the epochs give
-    seed: int = 0
+    batch_size: int = at_least(1, default=1)  # rows of a micro-batch on one process
+    gradient_accumulation_steps: int = at_least(1, default=1)  # micro-batches a step
+    epochs: int = at_least(1, default=1)
+    max_steps: int | None = at_least(1, default=None)  # optimizer steps in all; null: epochs
+    seed: int = at_least(0, default=0)
 
     optimizer: Any = MISSING  # component; gets the parameters
     lr_scheduler: Any = None  # component; gets the optimizer and num_training_steps
-    clip_grad_norm: float | None = 1.0  # null: no clipping
+    clip_grad_norm: float | None = above(0, default=1.0)  # null: no clipping
     router_losses: RouterLossConfig = field(default_factory=RouterLossConfig)
 
-    device: str = "auto"  # auto | cpu | cuda
-    param_dtype: str = "fp32"  # storage: fp32 | bf16 | fp64
-    compute_dtype: str = "fp32"  # forward and backward: fp32 | bf16 | fp64
+    device: str = one_of("auto", "cpu", "cuda")
+    param_dtype: str = one_of(*DTYPES)  # storage
+    compute_dtype: str = one_of(*DTYPES)  # forward and backward
     dp_replicate: int = 1  # copies of the sharded model
     dp_shard: int = -1  # processes that share one copy; -1: all that remain
     reshard_after_forward: bool = True  # free gathered layers between forward and backward
@@ -67,8 +70,9 @@ class RecipeConfig:
     compile: bool = False  # torch.compile each layer; needs a C++ compiler
 
     metric_logger: Any = None  # component, or a list of them; null: a file under output_dir/logs
-    log_every_n_steps: int = 1
-    run_val_every_n_steps: int | None = None  # null: before the first and after the last step
+    log_every_n_steps: int = at_least(1, default=1)
+    # null: before the first and after the last step
+    run_val_every_n_steps: int | None = at_least(1, default=None)
 
 
 def configs_root() -> Path:
@@ -179,46 +183,14 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {_one_line(error)}") from error
     assert isinstance(config, RecipeConfig)
-    _check_words(config)
+    check_ranges(config)
+    _check_together(config)
     return config
 
 
-def _check_words(config: RecipeConfig) -> None:
+def _check_together(config: RecipeConfig) -> None:
+    """What no key can tell alone."""
     losses = config.router_losses
-    allowed = {
-        "param_dtype": (config.param_dtype, ("fp32", "bf16", "fp64")),
-        "compute_dtype": (config.compute_dtype, tuple(DTYPES)),
-        "device": (config.device, ("auto", "cpu", "cuda")),
-        "router_losses.load_balancing_scope": (
-            losses.load_balancing_scope, ("sequence", "micro", "global")),
-        "router_losses.mask": (losses.mask, ("padding", "labels")),
-    }  # fmt: skip
-    for key, (value, words) in allowed.items():
-        if value not in words:
-            raise InputError(f"{key} is {value!r}, but must be one of {', '.join(words)}")
-    at_least_one = {
-        "max_seq_len": config.max_seq_len, "epochs": config.epochs, "max_steps": config.max_steps,
-        "batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "log_every_n_steps": config.log_every_n_steps,
-        "run_val_every_n_steps": config.run_val_every_n_steps,
-        "pad_to_multiple_of": config.pad_to_multiple_of,
-    }  # fmt: skip
-    for key, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise InputError(f"{key} is {value}, but must be at least 1")
-    not_negative = {
-        "num_workers": config.num_workers, "init_std": config.init_std, "seed": config.seed,
-        "router_losses.load_balancing_coef": losses.load_balancing_coef,
-        "router_losses.z_coef": losses.z_coef,
-    }  # fmt: skip
-    for key, value in not_negative.items():
-        if value is not None and not value >= 0:  # NaN is not
-            raise InputError(f"{key} is {value}, but must be at least 0")
-    if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
-        raise InputError(
-            f"clip_grad_norm is {config.clip_grad_norm}, but must be above 0 (null: no clipping)"
-        )
     if config.seed >= 2**63:
         raise InputError(f"seed is {config.seed}, but must be below 2**63")
     if losses.global_exact and losses.load_balancing_scope != "global":
