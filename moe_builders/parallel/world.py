@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,13 @@ class World:
         if self.device.type == "cuda":
             value = value.pin_memory()
         return value.to(self.device, non_blocking=True)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every process's plain value (a number, a word, a list), by rank, on every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

@@ -1,0 +1,163 @@
+"""What a run keeps to be able to go on: written into a checkpoint, taken back out of one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_builders.checkpoint.run_checkpoints import Checkpoint, RunCheckpoints, read_checkpoint
+from moe_builders.checkpoint.training_state import TrainingState
+from moe_builders.errors import InputError
+from moe_builders.instantiate import first_line
+from moe_builders.parallel.world import World
+from moe_builders.training.changes import config_changes
+from moe_builders.training.rng import random_state, set_random_state
+
+Values = list[dict[str, float]]
+_UNREMARKABLE = ("resume",)  # keys that say nothing about the run itself
+
+
+class Position(Protocol):
+    """A loader that knows where it stands."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go there; gives what is different from the loader that was saved."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a run stood.
+
+    Attributes:
+        step: optimizer steps done.
+        history, validations: values of every step and validation up to it.
+        notes: sentences worth telling: what is different now, and what counts.
+    """
+
+    step: int = 0
+    history: Values = field(default_factory=list)
+    validations: Values = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class RunKeeper:
+    """Saves and restores everything that decides how a run goes on.
+
+    Args:
+        checkpoints: where to.
+        state: model and optimizer.
+        loader: the training data's position.
+        settings: the run's configuration as plain values.
+        source: the HF folder's layout as JSON (``HFSource.to_json``); None: there is none.
+        world: of the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoints: RunCheckpoints,
+        state: TrainingState,
+        loader: Position,
+        settings: Mapping[str, Any],
+        source: str | None,
+        world: World,
+    ) -> None:
+        self.checkpoints, self.state, self.loader = checkpoints, state, loader
+        self.settings, self.source, self.world = dict(settings), source, world
+
+    def save(self, step: int, history: Values, validations: Values) -> Path:
+        """Write a checkpoint; every process calls.
+
+        Raises:
+            InputError: it could not be written; earlier ones are whole.
+        """
+        facts = {
+            "processes": self.world.size,
+            "torch": version("torch"),
+            "moe_builders": version("moe-builders"),
+            "config": self.settings,
+            "loader": self.loader.state_dict(),
+            "numbers": self.state.numbers(),
+            "history": history,
+            "validations": validations,
+            "hf_source": self.source,
+        }
+        own = {"random": random_state(self.world.device)}
+        return self.checkpoints.save(step, self.state.tensors(), facts, own)
+
+    def restore(self, checkpoint: Checkpoint | None) -> Kept:
+        """Take everything back from a checkpoint; without one, a run starts at step 0.
+
+        The configuration of now counts wherever it differs from the checkpoint's, in particular
+        rates and schedule; the checkpoint gives weights, optimizer state, position in the data,
+        random streams and history.
+
+        Raises:
+            InputError: it does not fit the model, the optimizer or the data of now.
+        """
+        if checkpoint is None:
+            return Kept()
+        facts = checkpoint.facts
+        try:
+            notes = [f"going on from {checkpoint.folder} (step {checkpoint.step})"]
+            notes += [
+                f"the config differs from the checkpoint's, and the new value counts: {change}"
+                for change in config_changes(facts["config"], self.settings)
+                if not change.startswith(_UNREMARKABLE)
+            ]
+            if facts["processes"] != self.world.size:
+                notes.append(
+                    f"the checkpoint is of {facts['processes']} processes, now there are "
+                    f"{self.world.size}: sums are rounded in another order"
+                )
+            if facts["torch"] != version("torch"):
+                notes.append(
+                    f"the checkpoint is of torch {facts['torch']}, this is {version('torch')}: "
+                    "losses may differ in the last digits"
+                )
+            notes += self.loader.load_state_dict(facts["loader"])
+            self.state.load(checkpoint, facts["numbers"])
+            own = checkpoint.rank_facts(self.world.rank)
+            if own:
+                set_random_state(own["random"], self.world.device)
+            return Kept(checkpoint.step, facts["history"], facts["validations"], notes)
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{checkpoint.folder} is not a checkpoint of this kind of run: {first_line(error)}"
+            ) from error
+
+
+def find_checkpoint(
+    resume: str, checkpoints: RunCheckpoints, *, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint that a run starts from; every process calls.
+
+    Args:
+        resume: "auto": the newest complete one, if there is one; "never": none, and those that
+            are there get out of the way; else a checkpoint's folder.
+        checkpoints: of the run.
+        say: told of damaged ones that are passed over, and of those moved away.
+
+    Raises:
+        InputError: the folder is not a complete checkpoint.
+    """
+    if resume == "never":
+        aside = checkpoints.move_aside()
+        if aside is not None:
+            say(f"resume=never: the checkpoints of an earlier run are in {aside} now")
+        return None
+    if resume != "auto":
+        return read_checkpoint(resume)
+    for folder, problem in checkpoints.list():
+        if problem is None:
+            break
+        say(f"{folder} is passed over: {problem}")
+    return checkpoints.newest()

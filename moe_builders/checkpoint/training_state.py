@@ -1,0 +1,151 @@
+"""Everything that training changes in model and optimizer, as named tensors and plain numbers.
+
+Names are ``model.<parameter or buffer>`` and ``optimizer.<parameter>.<entry>``, whatever groups the
+optimizer keeps them in. A quantised entry is stored as the tensors it is made of, each process's
+part under a name of its own (``…exp_avg.codes[0:4]``: rows 0 to 3 of the parameter).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moe_builders.checkpoint.run_checkpoints import Checkpoint
+from moe_builders.errors import InputError
+from moe_builders.parallel.dcp import stored_tensors
+from moe_builders.parallel.sharding import local_shard, raise_together
+
+_LISTED = 5  # names shown of each kind of difference
+
+
+class TrainingState:
+    """A model and its optimizer, to be taken apart and put together again.
+
+    Args:
+        model: sharded or not, on its device.
+        optimizer: as built, before its first step; only what changes afterwards is state, and
+            hyperparameters stay the configuration's.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._at_first = [_plain_options(group) for group in optimizer.param_groups]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, sharded ones as they are: no copies."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter, state in self._states():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found |= _taken_apart(f"optimizer.{name}.{key}", value, parameter)
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """JSON: the optimizer's entries that are no tensors, and options that it has changed."""
+        entries = {
+            name: {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+            for name, _, state in self._states()
+        }
+        changed = [
+            {key: value for key, value in _plain_options(group).items() if first.get(key) != value}
+            for group, first in zip(self.optimizer.param_groups, self._at_first, strict=True)
+        ]
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "entries": {name: values for name, values in entries.items() if values},
+            "options": changed,
+        }
+
+    def load(self, checkpoint: Checkpoint, numbers: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's tensors and numbers; every process calls.
+
+        Raises:
+            InputError: another model or optimizer was saved; the differences are listed.
+        """
+        stored = stored_tensors(checkpoint.folder)
+        name = type(self.optimizer).__name__
+        if numbers["optimizer"] != name:
+            raise InputError(
+                f"{checkpoint.folder} holds the state of {numbers['optimizer']}, which {name} "
+                "cannot go on with: set optimizer back, or start over with resume=never"
+            )
+        self._make_entries(stored)
+        tensors = self.tensors()
+        problem = _differences(tensors, stored)
+        error = None
+        if problem is not None:
+            error = InputError(
+                f"{checkpoint.folder} does not fit this run: {problem}; go on with the model, "
+                "optimizer, dtypes and number of processes it was saved with, or start over with "
+                "resume=never"
+            )
+        raise_together(error)
+        checkpoint.read(tensors)
+        for group, options in zip(self.optimizer.param_groups, numbers["options"], strict=False):
+            group.update(options)
+        by_name = {name: state for name, _, state in self._states()}
+        for name, values in numbers["entries"].items():
+            by_name[name].update(values)
+
+    def _states(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state:
+                yield name, parameter, self.optimizer.state[parameter]
+
+    def _make_entries(self, stored: Mapping[str, Any]) -> None:
+        """Let the optimizer make its entries by steps that are overwritten afterwards.
+
+        One parameter at a time: gradients of the whole model might not fit beside it.
+        """
+        prefixes = {name.removeprefix("optimizer.") for name in stored if "optimizer." in name}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and any(p.startswith(f"{name}.") for p in prefixes):
+                parameter.grad = torch.zeros_like(parameter)
+                self.optimizer.step()
+                parameter.grad = None
+
+
+def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's numbers and switches; the rate is left out, since the schedule gives it."""
+    return {
+        key: value
+        for key, value in group.items()
+        if isinstance(value, (int, float, bool)) and key not in ("lr", "initial_lr")
+    }
+
+
+def _taken_apart(name: str, value: Tensor, parameter: Tensor) -> dict[str, Tensor]:
+    local = local_shard(value).tensor
+    if not hasattr(local, "__tensor_flatten__"):
+        return {name: value}
+    shard = local_shard(parameter)
+    first = shard.offset[0] if shard.offset else 0
+    part = f"[{first}:{first + (len(shard.tensor) if shard.tensor.ndim else 1)}]"
+    inner, _ = local.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    return {f"{name}.{key}{part}": getattr(local, key) for key in inner}
+
+
+def _differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str | None:
+    # a process has only its own parts of what is taken apart
+    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    missing = [name for name in own if name not in stored]
+    surplus = [name for name in stored if name not in own and not name.endswith("]")]
+    other = [
+        f"{name} is {_shown(own[name])}, was {_shown(stored[name])}"
+        for name in own
+        if name in stored and own[name] != stored[name]
+    ]
+    kinds = {"not in the checkpoint": missing, "only in the checkpoint": surplus, "other": other}
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    return "; ".join(found) or None
+
+
+def _shown(entry: tuple[tuple[int, ...], torch.dtype]) -> str:
+    shape, dtype = entry
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
