@@ -18,6 +18,7 @@ from moe_builders.checkpoint.folder import (
     Entry,
     TensorFolder,
     check_output_folder,
+    copy_other_files,
     publish,
     write_tensors,
 )
@@ -31,12 +32,12 @@ from moe_builders.checkpoint.stream import (
 from moe_builders.decoder import MoEDecoder, initial_value
 from moe_builders.errors import InputError
 from moe_builders.families import BY_MODEL_TYPE
+from moe_builders.parallel.sharding import raise_together
 from moe_builders.weights import Piece, make_plan, passes_through
 
 _TORCH_DTYPES = {  # by safetensors' names: what weights that can be trained are stored as
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,13 @@ def save_hf_model(
     names_by_file: dict[str, list[str]] = defaultdict(list)
     for name, entry in source.tensors.items():
         names_by_file[entry.file].append(name)
-    with publish(path, write=write) as folder:
-        write_tensors(folder, names_by_file, tensors_of, with_index=source.has_index, write=write)
+    with publish(path, write=write, agree=raise_together) as folder:
+        write_tensors(
+            folder, names_by_file, tensors_of, with_index=source.has_index, write=write,
+            agree=raise_together,
+        )  # fmt: skip
         if write:
-            _copy_other_files(origin, folder)
+            copy_other_files(origin, folder)
             if source.has_index and (origin / INDEX_NAME).is_file():
                 shutil.copy2(origin / INDEX_NAME, folder)  # same files, and metadata as it was
 
@@ -288,10 +292,3 @@ def _check_source(source: HFSource, plan: list[Piece]) -> None:
             f"{source.folder} holds weights of type {', '.join(sorted(dtypes))}, but only "
             f"{', '.join(_TORCH_DTYPES)} can be trained: get the unquantised release"
         )
-
-
-def _copy_other_files(origin: Path, folder: Path) -> None:
-    for file in sorted(origin.iterdir()):
-        skipped = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not skipped and not file.name.startswith("."):
-            shutil.copy2(file, folder / file.name)

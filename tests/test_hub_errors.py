@@ -278,14 +278,14 @@ def test_interrupted_export_leaves_the_older_one(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_copy_other_files", break_down)
+        patch.setattr(hub, "copy_other_files", break_down)
         with pytest.raises(KeyboardInterrupt):
             save_hf_model(model, out, source=source)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     save_hf_model(model, out, source=source)
     (out / "mark").write_text("")
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_copy_other_files", break_down)
+        patch.setattr(hub, "copy_other_files", break_down)
         with pytest.raises(KeyboardInterrupt):
             save_hf_model(model, out, source=source)
     assert (out / "mark").exists()

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_builders.errors import InputError
+from moe_builders.instantiate import first_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_PT = {"format": "pt"}  # what transformers asks for
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,12 @@ class TensorFolder:
         return files
 
 
+def raise_alone(error: InputError | None) -> None:
+    """Raise the error, if there is one."""
+    if error is not None:
+        raise error
+
+
 def write_tensors(
     folder: Path,
     names_by_file: Mapping[str, list[str]],
@@ -107,6 +117,7 @@ def write_tensors(
     *,
     with_index: bool,
     write: bool,
+    agree: Callable[[InputError | None], None] = raise_alone,
 ) -> None:
     """Write safetensors files one at a time, so that one file's tensors are in memory at most.
 
@@ -116,28 +127,54 @@ def write_tensors(
         tensors_of: gives a file's tensors; called on every process, as it may be collective.
         with_index: also write the index.
         write: False on processes that only take part in ``tensors_of``.
+        agree: called after each file with what went wrong here, to raise it (``raise_alone``, or
+            ``raise_together`` where other processes would wait for this one).
+
+    Raises:
+        InputError: a file cannot be written.
     """
     total = 0
     for file, names in names_by_file.items():
         tensors = tensors_of(names)
-        if write:
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    if write and with_index:
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        agree(_failure(folder / file, write, partial(save_file, tensors, folder / file, _PT)))
+    if with_index:
         weight_map = {name: file for file, names in names_by_file.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        path = folder / INDEX_NAME
+        agree(_failure(path, write, lambda: path.write_text(json.dumps(index, indent=2) + "\n")))
+
+
+def _failure(path: Path, write: bool, act: Callable[[], object]) -> InputError | None:
+    """Act where this process writes; what went wrong, as a sentence."""
+    try:
+        if write:
+            act()
+    except (OSError, SafetensorError) as error:
+        return InputError(f"{path} cannot be written: {first_line(error)}")
+    return None
 
 
 @contextmanager
-def publish(path: str | Path, *, write: bool = True) -> Iterator[Path]:
+def publish(
+    path: str | Path,
+    *,
+    write: bool = True,
+    agree: Callable[[InputError | None], None] = raise_alone,
+) -> Iterator[Path]:
     """Write a model folder aside, move it to its name when complete; an older one is replaced then.
+
+    Args:
+        path: the folder's name.
+        write: False on processes that write nothing.
+        agree: see ``write_tensors``; with ``raise_together`` all processes must call.
 
     Yields:
         The folder to write into (with ``write`` False: a path that must not be touched).
 
     Raises:
-        InputError: the path is a file, or a folder that holds things but no model.
+        InputError: the path is a file, or a folder that holds things but no model, or cannot be
+            written.
     """
     path = Path(path).resolve()  # beside the folder itself, not beside a link to it
     check_output_folder(path)
@@ -146,24 +183,35 @@ def publish(path: str | Path, *, write: bool = True) -> Iterator[Path]:
             f"{path} would be replaced, but holds other files and no model: "
             "choose another output path"
         )
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if not write:
-        yield partial
-        return
-    if old.exists() and not path.exists():
-        os.replace(old, path)  # stopped between the two moves below: old is all there is
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    aside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+
+    def begin() -> None:
+        if old.exists() and not path.exists():
+            os.replace(old, path)  # stopped between the two moves below: old is all there is
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def move() -> None:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    agree(_failure(path, write, begin))
+    problem = None
     try:
-        yield partial
+        yield aside
+    except OSError as error:  # of what the caller wrote itself
+        problem = InputError(f"{path} cannot be written: {first_line(error)}")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if write:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    if problem is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+    agree(problem)
+    agree(_failure(path, write, move))
 
 
 def check_output_folder(path: str | Path) -> None:
@@ -177,6 +225,14 @@ def check_output_folder(path: str | Path) -> None:
                     "choose another output path"
                 )
             return
+
+
+def copy_other_files(origin: Path, folder: Path) -> None:
+    """Copy what is neither weights nor hidden: configuration, tokenizer, licence."""
+    for file in sorted(origin.iterdir()):
+        skipped = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not skipped and not file.name.startswith("."):
+            shutil.copy2(file, folder / file.name)
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

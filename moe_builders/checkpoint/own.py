@@ -20,6 +20,7 @@ from moe_builders.checkpoint.stream import (
     model_shapes,
     take_pieces,
 )
+from moe_builders.parallel.sharding import raise_together
 from moe_builders.weights import make_plan, own_rows
 
 MARKER_NAME = "moe_builders.json"  # what makes a folder one of ours
@@ -43,13 +44,14 @@ def save_model(
     shapes, state = model_shapes(model), model.state_dict()
     plan = make_plan(own_rows(shapes), shapes)
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    with publish(path, write=write) as folder:
+    with publish(path, write=write, agree=raise_together) as folder:
         write_tensors(
             folder,
             {SINGLE_NAME: list(shapes)},
             take_pieces(model, plan, dtypes, keep=write),
             with_index=False,
             write=write,
+            agree=raise_together,
         )
         if write:
             (folder / MARKER_NAME).write_text(

@@ -16,7 +16,8 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
         parse: gives its configuration.
 
     Returns:
-        The exit code.
+        The exit code: 0; 2 after a mistake; 128 + the signal's number if a signal ended the run
+        (``exit_code`` of what main returns, if it has one).
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -26,12 +27,16 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
             sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
     try:
-        main(config)
+        result = main(config)
+    except KeyboardInterrupt:
+        if rank == "0":
+            sys.stderr.write("stopped at once by Ctrl-C: nothing was saved since the last save\n")
+        return 130
     except InputError as error:
         where = "" if rank == "0" else f"[rank {rank}] "
         sys.stderr.write(f"{where}error: {_sentence(error)}\n")  # in one piece: others write too
         return 2
-    return 0
+    return getattr(result, "exit_code", 0)
 
 
 def _sentence(error: InputError) -> str:

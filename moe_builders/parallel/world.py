@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -68,6 +68,7 @@ def open_world(
     dp_replicate: int = 1,
     dp_shard: int = -1,
     timeout_minutes: float = 30.0,
+    deterministic: bool = False,
 ) -> Iterator[World]:
     """Join the processes that torchrun launched, or be the only one; leave them at the end.
 
@@ -76,6 +77,7 @@ def open_world(
         dp_replicate: how many copies of the sharded model.
         dp_shard: over how many processes each copy is sharded; -1: all that remain.
         timeout_minutes: after which a collective that a process does not join is an error.
+        deterministic: refuse operations whose result depends on the order of threads.
 
     Raises:
         InputError: no such device, or the axes do not multiply to the number of processes.
@@ -100,8 +102,10 @@ def open_world(
             **alone,
         )
     names = ("dp_replicate", "dp_shard") if len(shape) == 2 else ("dp_shard",)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     try:
-        yield World(rank, size, own_device, init_device_mesh(kind, shape, mesh_dim_names=names))
+        with _deterministic() if deterministic else nullcontext():
+            yield World(rank, size, own_device, mesh)
     except BaseException:
         # NCCL's farewell waits for processes that may be stuck; leaving without it lets this one
         # end and the launcher stop the others
@@ -110,6 +114,20 @@ def open_world(
         raise
     if joined_here:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """torch raises at any operation without a deterministic way; cuBLAS gets its fixed space."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def _device_type(device: str) -> str:

@@ -83,7 +83,7 @@ def test_changes_by_hand():
         "lr: 1 -> 2",
         "list[1]: 2 -> 3",
         "list[2]: not set -> 4",
-        "new.a: not set -> null",
+        "new.a.b: not set -> null",
         "gone: null -> not set",
     ]
     assert config_changes(old, old) == []
