@@ -18,3 +18,15 @@ def test_nan_in_one_ranks_slice(tmp_path):
     first, second = answers["load"]
     assert first == second
     assert "left NaN in 1 parameters: layers.0.mlp.experts.down_proj" in first
+
+
+def test_an_export_that_one_process_cannot_write(tmp_path):
+    """Only the first process writes, but the other must not wait for it for half an hour."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".model.partial").write_text("in the way")
+    cfg = config(out, batch_size=2, max_steps=1)
+    answers = on_ranks(2, {"save": ("sentence_of", cfg)}, tmp_path)
+    first, second = answers["save"]
+    assert first == second
+    assert "model cannot be written: [Errno 17] File exists" in first
