@@ -9,6 +9,7 @@ import torch
 
 from moe_builders.checkpoint.folder import check_output_folder
 from moe_builders.checkpoint.own import MARKER_NAME, is_own_folder, load_model, save_model
+from moe_builders.checkpoint.stream import materialize
 from moe_builders.decoder import MoEDecoder, initialize
 from moe_builders.errors import InputError
 from moe_builders.hub import (
@@ -19,6 +20,7 @@ from moe_builders.hub import (
     save_hf_model,
 )
 from moe_builders.instantiate import instantiate
+from moe_builders.routing import storage_dtype
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,22 @@ class BaseModel:
     source: HFSource | None
     component: Mapping[str, Any] | None
 
-    def fill(self, device: torch.device) -> MoEDecoder:
-        """Stream the weights in, sharded or not; each process reads its own slices."""
-        if self.source is not None:
+    @property
+    def source_json(self) -> str | None:
+        """The HF folder's layout as text, to be kept in checkpoints."""
+        return None if self.source is None else self.source.to_json()
+
+    def fill(self, device: torch.device, *, weights: bool = True) -> MoEDecoder:
+        """Stream the weights in, sharded or not; each process reads its own slices.
+
+        Args:
+            device: where to.
+            weights: False: only make room for those that a checkpoint gives.
+        """
+        if not weights:
+            if self.folder is not None:
+                materialize(self.model, device)
+        elif self.source is not None:
             load_hf_weights(self.model, self.source, device=device)
         elif self.folder is not None:
             load_model(self.model, self.folder, device=device)
@@ -78,7 +93,7 @@ def open_base_model(
     Args:
         folder: a Hugging Face folder, one that ``BaseModel.save`` wrote, or None.
         component: how to build the model; None: as the Hugging Face folder's config.json says.
-        dtype: storage of all parameters.
+        dtype: storage of all parameters; routers are kept in fp32 or wider.
         device: where a model with random weights is moved.
         seed: of random weights.
         init_std: of random matrices; None: as the modules drew them.
@@ -183,6 +198,6 @@ def _store_as(model: Any, dtype: torch.dtype) -> MoEDecoder:
             f"model._component_ built a {type(model).__name__}, but must build what moe_decoder "
             "builds (a MoEDecoder), which hands the token mask to its routers"
         )
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(storage_dtype(name, dtype))
     return model

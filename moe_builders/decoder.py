@@ -68,9 +68,15 @@ class MoEDecoder(TransformerDecoder):
     Attributes:
         activation_checkpointing: recompute each layer in backward instead of keeping its
             activations; numbers do not change.
+        kept_activations: a context around the layers' forward, which may keep what they save for
+            backward somewhere else (``torch.autograd.graph.saved_tensors_hooks``).
+        probe: called with (name, [b, s, d]) of the embedding and of each layer's output, in every
+            forward but not in its recomputation; None: nobody looks.
     """
 
     activation_checkpointing = False
+    kept_activations: AbstractContextManager = nullcontext()
+    probe: Callable[[str, Tensor], None] | None = None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -98,19 +104,24 @@ class MoEDecoder(TransformerDecoder):
             rows = torch.arange(b, device=tokens.device).repeat_interleave(s)  # [t]
             info = TokenInfo(sequence_ids=rows, input_ids=tokens.flatten())
         h = self.tok_embeddings(tokens)  # [b, s, d]
-        for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(
-                    layer,
-                    h,
-                    mask=mask,
-                    input_pos=input_pos,
-                    info=info,
-                    use_reentrant=False,
-                    context_fn=functools.partial(_recomputation_contexts, layer),
-                )
-            else:
-                h = layer(h, mask=mask, input_pos=input_pos, info=info)
+        if self.probe is not None:
+            self.probe("tok_embeddings", h)
+        with self.kept_activations:
+            for number, layer in enumerate(self.layers):
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    h = checkpoint(
+                        layer,
+                        h,
+                        mask=mask,
+                        input_pos=input_pos,
+                        info=info,
+                        use_reentrant=False,
+                        context_fn=functools.partial(_recomputation_contexts, layer),
+                    )
+                else:
+                    h = layer(h, mask=mask, input_pos=input_pos, info=info)
+                if self.probe is not None:
+                    self.probe(f"layers.{number}", h)
         return self.unembed(h)
 
     def unembed(self, h: Tensor) -> Tensor | list[Tensor]:

@@ -33,6 +33,7 @@ from moe_builders.decoder import MoEDecoder, initial_value
 from moe_builders.errors import InputError
 from moe_builders.families import BY_MODEL_TYPE
 from moe_builders.parallel.sharding import raise_together
+from moe_builders.routing import storage_dtype
 from moe_builders.weights import Piece, make_plan, passes_through
 
 _TORCH_DTYPES = {  # by safetensors' names: what weights that can be trained are stored as
@@ -121,7 +122,7 @@ def build_hf_model(source: HFSource, *, dtype: torch.dtype | None = None) -> MoE
 
     Args:
         source: from ``read_hf_source``.
-        dtype: storage of all parameters; None: each as on disk.
+        dtype: storage of all parameters (routers: fp32 or wider); None: each as on disk.
 
     Raises:
         InputError: the folder's tensors are not the model's; all differences are listed.
@@ -138,7 +139,8 @@ def build_hf_model(source: HFSource, *, dtype: torch.dtype | None = None) -> MoE
         found = _TORCH_DTYPES[source.tensors[piece.disk].dtype]
         on_disk[piece.ours] = torch.promote_types(on_disk.get(piece.ours, found), found)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(on_disk[name] if dtype is None else dtype)
+        own = on_disk[name] if dtype is None else storage_dtype(name, dtype)
+        parameter.data = parameter.data.to(own)
     return model
 
 
@@ -161,7 +163,7 @@ def load_hf_model(
 
     Args:
         path: folder with config.json and safetensors.
-        dtype: storage of all parameters; None: each as on disk.
+        dtype: storage of all parameters (routers: fp32 or wider); None: each as on disk.
         device: where to.
 
     Raises:

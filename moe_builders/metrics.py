@@ -39,6 +39,20 @@ def load_entropy(counts: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1) / math.log(counts.shape[-1])
 
 
+def layer_metrics(counts: Tensor) -> dict[str, list[float]]:
+    """[l, e] counts -> each measure, layer by layer."""
+    return {
+        "max_violation": max_violation(counts).tolist(),
+        "dead_experts": dead_experts(counts).tolist(),
+        "load_entropy": load_entropy(counts).tolist(),
+    }
+
+
+def relative_load(counts: Tensor) -> Tensor:
+    """[..., e] counts -> [..., e] load over the mean load: 1 is balanced, 0 is dead."""
+    return load_share(counts) * counts.shape[-1]
+
+
 def load_metrics(counts: Tensor) -> dict[str, float]:
     """[l, e] counts -> the few numbers worth a log line (worst layer first in mind)."""
     return {

@@ -118,6 +118,12 @@ def collect_routing(model: nn.Module) -> dict[str, Routing]:
     return found
 
 
+def moe_layer_names(model: nn.Module) -> list[str]:
+    """What ``collect_routing`` calls each layer, without the mlp slot's name: "layers.3"."""
+    names = (name for name, module in model.named_modules() if isinstance(module, MoE))
+    return [name.removesuffix(".mlp") for name in names]
+
+
 def moe_experts(
     *,
     embed_dim: int,

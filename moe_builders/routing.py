@@ -4,6 +4,7 @@ Letters: t tokens · e num_experts · k experts_per_token · a assignments (stat
 at the end).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,22 @@ from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from moe_builders.ops.permute import sort_by_expert
+
+# a module named router inside a layer, at any depth: sharded, stored, decayed by rules of its own
+ROUTER_MODULE = re.compile(r"layers\.\d+\.(.+\.)?router")
+
+
+def is_router_parameter(name: str) -> bool:
+    """Whether a dotted parameter name lies in a module that ``ROUTER_MODULE`` names."""
+    return re.match(ROUTER_MODULE.pattern + r"\.", name) is not None
+
+
+def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a model's parameter is stored in when the model is in ``dtype``: routers not below fp32.
+
+    Their updates are small beside their weights and decide which expert learns; they are few.
+    """
+    return torch.promote_types(dtype, torch.float32) if is_router_parameter(name) else dtype
 
 
 @dataclass(frozen=True)

@@ -12,35 +12,47 @@ Sizes: b rows · s positions · t = b·s tokens of a micro-batch · l layers wit
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from moe_builders.base_model import BaseModel, check_fits, check_paths, open_base_model
+from moe_builders.checkpoint.keeper import Kept, RunKeeper, find_checkpoint
+from moe_builders.checkpoint.run_checkpoints import RunCheckpoints
+from moe_builders.checkpoint.training_state import TrainingState
+from moe_builders.data import build as data
 from moe_builders.data.batch import Batch
-from moe_builders.data.datasets import build_dataset
-from moe_builders.data.loader import StepSampler, make_loader, training_steps
+from moe_builders.data.loader import Batching, StepLoader, total_steps
 from moe_builders.data.tokenizer import HFTokenizer, load_tokenizer
+from moe_builders.flops import Utilisation, mfu_of_step, utilisation
 from moe_builders.losses import IGNORE_INDEX, cross_entropy_sum
-from moe_builders.metrics import dead_experts, load_metrics, max_violation
-from moe_builders.moe import collect_routing
-from moe_builders.parallel.grad_norm import clip_gradients, global_grad_norm
+from moe_builders.moe import collect_routing, moe_layer_names
+from moe_builders.parallel.grad_norm import GradNorm, clip_gradients
 from moe_builders.parallel.launch import launch
-from moe_builders.parallel.sharding import shard_model
+from moe_builders.parallel.sharding import needs_sharding, shard_model
 from moe_builders.parallel.world import World, open_world
 from moe_builders.routing import Routing
 from moe_builders.training.compiling import compile_layers
 from moe_builders.training.config import DTYPES, RecipeConfig, parse_command_line
+from moe_builders.training.finite_watch import FiniteWatch, Watched, watch_output
+from moe_builders.training.loggers import build_loggers
+from moe_builders.training.low_bit import describe_unquantized
 from moe_builders.training.objective import layer_counts, narrow_to, router_losses
+from moe_builders.training.offloading import activation_offloading, require_gpu
 from moe_builders.training.optimizer import build_optimizer, build_scheduler
-from moe_builders.training.reporting import Reporter, build_loggers, peak_memory_gib
+from moe_builders.training.param_groups import freeze, learning_rates
+from moe_builders.training.plots import Plots
+from moe_builders.training.profiling import StepProfiler
+from moe_builders.training.reporting import Reporter, peak_memory
+from moe_builders.training.run_files import start_run_folder
+from moe_builders.training.stepping import Stepper, build_stepper
+from moe_builders.training.stopping import catch_stop_signals, due, should_stop_early
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,12 @@ class Trained:
 
     history: list[dict[str, float]]
     validations: list[dict[str, float]]
-    model_folder: Path
+    model_folder: Path | None  # none: a signal ended the run, which can go on from its checkpoint
+    exit_code: int = 0
 
 
-def build_model(config: RecipeConfig, world: World) -> BaseModel:
-    """The model, sharded and filled, and how to write it back."""
+def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> BaseModel:
+    """The model, sharded, and how to write it back; unfilled if a checkpoint gives the weights."""
     base = open_base_model(
         config.base_model,
         config.model,
@@ -63,55 +76,62 @@ def build_model(config: RecipeConfig, world: World) -> BaseModel:
         init_std=config.init_std,
     )
     check_fits(base.model, max_seq_len=config.max_seq_len)
+    freeze(base.model, config.freeze, freeze_router=config.freeze_router)
     base.model.activation_checkpointing = config.enable_activation_checkpointing
+    base.model.kept_activations = activation_offloading(config.enable_activation_offloading)
     if config.compile:
         compile_layers(base.model.layers)
-    shard_model(
-        base.model,
-        world,
-        compute_dtype=DTYPES[config.compute_dtype],
-        reshard_after_forward=config.reshard_after_forward,
-    )
-    base.fill(world.device)
+    compute_dtype = DTYPES[config.compute_dtype]
+    if needs_sharding(base.model, world, compute_dtype=compute_dtype):
+        shard_model(
+            base.model,
+            world,
+            compute_dtype=compute_dtype,
+            reshard_after_forward=config.reshard_after_forward,
+        )
+    base.fill(world.device, weights=weights)
     return base
 
 
 def build_loader(
     config: RecipeConfig, world: World, tokenizer: HFTokenizer, *, validation: bool
-) -> tuple[DataLoader[Batch], StepSampler]:
-    """Training micro-batches, or all of the validation set in order."""
-    path = "dataset_val" if validation else "dataset"
-    node = config.dataset_val if validation else config.dataset
-    dataset = build_dataset(
-        node, tokenizer, max_seq_len=config.max_seq_len, path=path, show=world.is_first
-    )
-    sampler = StepSampler(
-        num_samples=len(dataset),
+) -> StepLoader:
+    """Training steps, or all of the validation set in order."""
+    batching = Batching(
         batch_size=config.batch_size,
-        accumulation=1 if validation else config.gradient_accumulation_steps,
+        accumulation=config.gradient_accumulation_steps,
         rank=world.rank,
         size=world.size,
-        seed=config.seed,
-        shuffle=config.shuffle and not validation,
-        keep_last=validation,
-    )
-    loader = make_loader(
-        dataset,
-        sampler,
         pad_id=tokenizer.pad_id,
         max_seq_len=config.max_seq_len,
-        num_workers=config.num_workers,
-        pin_memory=world.device.type == "cuda",
         pad_to_multiple_of=config.pad_to_multiple_of,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor,
+        pin_memory=world.device.type == "cuda",
     )
-    return loader, sampler
+    return data.build_loader(
+        config.dataset_val if validation else config.dataset,
+        tokenizer,
+        batching,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        long_samples=config.long_samples,
+        shuffle_window=config.shuffle_window,
+        path="dataset_val" if validation else "dataset",
+        validation=validation,
+        show=world.is_first,
+    )
 
 
-def count_tokens(step: list[Batch], world: World) -> tuple[Tensor, Tensor]:
-    """(labelled, real) tokens of the whole step over all processes, at least 1 each."""
-    own = [sum(batch.num_labels for batch in step), sum(batch.num_real for batch in step)]
-    labels, real = world.sum(world.send(torch.tensor(own))).clamp(min=1)
-    return labels, real
+def step_totals(step: list[Batch], world: World, *, stop: bool) -> dict[str, Tensor]:
+    """Sums over the step and all processes: labelled and real tokens (at least 1 each), attended
+    pairs, cut samples, and how many processes are asked to stop."""
+    own = [(b.num_labels, b.num_real, b.attended_pairs, b.num_cut) for b in step]
+    labels, real, pairs, cut, stops = world.sum(
+        world.send(torch.tensor([*torch.tensor(own).sum(0), stop]))
+    )
+    tokens = {"labels": labels.clamp(min=1), "tokens": real.clamp(min=1), "pairs": pairs}
+    return tokens | {"cut_samples": cut, "stop": stops}
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
@@ -124,13 +144,11 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 def step_counts(model: nn.Module, step: list[Batch], config: RecipeConfig, world: World) -> Tensor:
     """[l, e] assignments of the whole step, from one more forward without gradients."""
-    total = None
+    total = torch.zeros((), dtype=torch.int64, device=world.device)
     with torch.no_grad():
         for batch in step:
             forward(model, batch)
-            counts = layer_counts(loss_routings(model, batch, config))
-            total = counts if total is None else total + counts
-    assert total is not None
+            total = total + layer_counts(loss_routings(model, batch, config))
     return world.sum(total)
 
 
@@ -143,25 +161,28 @@ def loss_routings(model: nn.Module, batch: Batch, config: RecipeConfig) -> dict[
 
 
 def train_step(
-    model: nn.Module, step: list[Batch], config: RecipeConfig, world: World
+    model: nn.Module, step: list[Batch], config: RecipeConfig, world: World, *, stop: bool = False
 ) -> dict[str, Tensor]:
     """Forward and backward of every micro-batch; gradients are those of the whole step's mean.
+
+    Args:
+        stop: whether this process is asked to stop; the others learn of it here.
 
     Returns:
         Values of the step over all processes, as tensors: nothing here waits for the device.
     """
     losses = config.router_losses
-    num_labels, num_real = count_tokens(step, world)
-    num_tokens = num_labels if losses.mask == "labels" else num_real
+    totals = step_totals(step, world, stop=stop)
+    num_labels = totals.pop("labels")
+    num_tokens = num_labels if losses.mask == "labels" else totals["tokens"]
     step = [batch.to(world.device) for batch in step]
     seen = step_counts(model, step, config, world) if losses.global_exact else None
     sums = torch.zeros(3, device=world.device, dtype=torch.float64)  # lm, balance, z
-    load = None
+    load = torch.zeros((), dtype=torch.int64, device=world.device)
     for batch in step:
         lm_sum = forward(model, batch)
         routings = loss_routings(model, batch, config)
-        counts = layer_counts(routings)  # [l, e]
-        load = counts if load is None else load + counts
+        load = load + layer_counts(routings)  # [l, e]
         scope_counts = None
         if losses.load_balancing_scope == "global":
             scope_counts = seen if losses.global_exact else world.sum(load.clone())
@@ -172,137 +193,178 @@ def train_step(
             counts=scope_counts,
         )
         loss = lm_sum / num_labels + losses.load_balancing_coef * balance + losses.z_coef * z
+        watch_output(model, loss)
         (loss * world.size).backward()  # FSDP averages over processes; the mean is already whole
         sums += torch.stack([lm_sum.detach() / num_labels, balance.detach(), z.detach()])
-    assert load is not None
     sums, load = world.sum(sums), world.sum(load)
-    return {"loss": sums[0], "balance": sums[1], "z": sums[2], "load": load, "tokens": num_real}
+    return {"loss": sums[0], "balance": sums[1], "z": sums[2], "load": load} | totals
 
 
-def update(
-    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, config: RecipeConfig
-) -> Tensor:
+def update(stepper: Stepper, scheduler: LRScheduler | None, config: RecipeConfig) -> Tensor:
     """Clip, step, schedule; returns the gradients' norm before clipping."""
-    parameters = list(model.parameters())
-    norm = global_grad_norm(parameters)
+    norm = stepper.norm()
     if config.clip_grad_norm is not None:
-        clip_gradients(parameters, norm, config.clip_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        clip_gradients(stepper.parameters, norm, config.clip_grad_norm)
+    stepper.step()
     if scheduler is not None:
         scheduler.step()
     return norm
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: DataLoader[Batch], world: World) -> dict[str, float]:
-    """Mean cross-entropy [nats per labelled token] and expert load on the validation set."""
+def validate(model: nn.Module, loader: StepLoader, world: World) -> tuple[dict[str, float], Tensor]:
+    """Mean cross-entropy [nats per labelled token] and expert load [l, e] on the validation set."""
     model.eval()
     total = torch.zeros(2, device=world.device, dtype=torch.float64)  # nats, labelled tokens
-    load = None
+    load = torch.zeros((), dtype=torch.int64, device=world.device)
     for batch in loader:
         batch = batch.to(world.device)
         total[0] += forward(model, batch)
         total[1] += (batch.labels != IGNORE_INDEX).sum()
-        counts = layer_counts(collect_routing(model))
-        load = counts if load is None else load + counts
+        load = load + layer_counts(collect_routing(model))  # [l, e]
     model.train()
-    assert load is not None
     nats, tokens = world.sum(total).tolist()
-    return {"val_loss": nats / max(tokens, 1)} | {
-        f"val_{name}": value for name, value in load_metrics(world.sum(load)).items()
-    }
+    return {"val_loss": nats / max(tokens, 1)}, world.sum(load)
 
 
 def run(config: RecipeConfig, world: World) -> Trained:
     """Prepare everything, train, validate, save."""
     output = Path(config.output_dir)
     check_paths(output, base_model=config.base_model)
+    plots = Plots(output / "plots") if config.plots else None
+    require_gpu(
+        world.device,
+        offload_optimizer=config.offload_optimizer,
+        enable_activation_offloading=config.enable_activation_offloading,
+    )
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.base_model)
-    loader, sampler = build_loader(config, world, tokenizer, validation=False)
+    loader = build_loader(config, world, tokenizer, validation=False)
     val_loader = None
     if config.dataset_val is not None:
-        val_loader, _ = build_loader(config, world, tokenizer, validation=True)
-    num_steps = sampler.num_steps * config.epochs
-    if config.max_steps is not None:
-        num_steps = min(num_steps, config.max_steps)
-    base = build_model(config, world)
+        val_loader = build_loader(config, world, tokenizer, validation=True)
+    num_steps = total_steps(loader, epochs=config.epochs, max_steps=config.max_steps)
+    checkpoints = RunCheckpoints(output / "checkpoints", world=world, keep_last=config.keep_last)
+    start = find_checkpoint(config.resume, checkpoints)
+    base = build_model(config, world, weights=start.checkpoint is None)
     model = base.model
     # a tokenizer of one's own need not tell
     check_fits(model, vocab_size=getattr(tokenizer, "vocab_size", None))
-    optimizer = build_optimizer(config.optimizer, model)
-    scheduler = build_scheduler(config.lr_scheduler, optimizer, num_steps=num_steps)
-    loggers = []
-    if world.is_first:
-        loggers = build_loggers(config.metric_logger, output_dir=config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        settings = OmegaConf.structured(config)
-        OmegaConf.save(settings, output / "torchtune_config.yaml")
-        for logger in loggers:
-            logger.log_config(settings)
-    reporter = Reporter(
-        loggers, total=num_steps, every=config.log_every_n_steps, show=world.is_first
-    )
-
-    validations: list[dict[str, float]] = []
+    optimizer = build_optimizer(config.optimizer, model, param_groups=config.param_groups)
+    stepper = build_stepper(
+        optimizer, GradNorm(), world.device,
+        in_backward=config.optimizer_in_bwd, offload=config.offload_optimizer,
+    )  # fmt: skip
+    keeper = RunKeeper(
+        checkpoints=checkpoints, state=TrainingState(model, stepper), loader=loader,
+        settings=asdict(config), source=base.source_json, world=world,
+    )  # fmt: skip
+    kept = keeper.restore(start)
+    scheduler = build_scheduler(config.lr_scheduler, optimizer, num_steps=num_steps, done=kept.step)
+    watch = model.probe = FiniteWatch(num_layers=len(model.layers))
+    profiler = StepProfiler(
+        output / "profile", rank=world.rank, num_steps=num_steps - kept.step,
+        **asdict(config.profiler),
+    )  # fmt: skip
+    used = utilisation(
+        model, peak_tflops=config.peak_tflops, compute_dtype=DTYPES[config.compute_dtype],
+        device=world.device, num_devices=world.size,
+    )  # fmt: skip
+    reporter = open_reporter(config, world, moe_layer_names(model), kept, plots, total=num_steps)
 
     def validation_at(step: int) -> None:
-        if val_loader is None:
-            return
-        values = validate(model, val_loader, world)
-        validations.append({"step": step} | values)
-        reporter.log(values, step)
-        reporter.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        if val_loader is not None and not reporter.has_validated(step):
+            reporter.validated(step, *validate(model, val_loader, world))
 
-    steps = training_steps(loader, sampler, epochs=config.epochs)
-    every = config.run_val_every_n_steps
-    with closing(reporter):  # also when a step fails: the bar must not swallow the message
-        validation_at(0)
+    def save_at(step: int) -> None:
+        reporter.flush()  # a loss that is not finite stops here, before it is saved
+        reporter.say(f"saved {keeper.save(step, reporter.history, reporter.validations)}")
+
+    steps = islice(loader.steps(epochs=config.epochs), num_steps - kept.step)
+    number, early = kept.step, False
+    # closed also when a step fails: the bar must not swallow the message
+    with profiler, closing(reporter), catch_stop_signals() as request:
+        reporter.say(*kept.notes, *loader.notes, *describe_unquantized(optimizer, model))
+        if number == 0 or due(number, config.run_val_every_n_steps):
+            validation_at(number)
         started = time.perf_counter()
-        for number, step in enumerate(steps, start=1):
-            values = train_step(model, step, config, world)
-            rate = optimizer.param_groups[0]["lr"]
-            values["grad_norm"] = update(model, optimizer, scheduler, config)
-            report(reporter, number, values, rate, time.perf_counter() - started, world)
-            started = time.perf_counter()
-            last = number == num_steps
-            if last:
-                reporter.flush()  # before anything is saved: a loss that is not finite stops here
-            if last or (every and number % every == 0):
+        for number, step in enumerate(steps, start=kept.step + 1):
+            values: dict[str, Any] = {**train_step(model, step, config, world, stop=request.asked)}
+            values |= learning_rates(optimizer)
+            watched = watch.take(model.named_parameters())
+            values["grad_norm"] = update(stepper, scheduler, config)
+            report(reporter, number, values, watched, time.perf_counter() - started, used, world)
+            profiler.step()  # may write for seconds: no part of a step's time
+            if due(number, config.run_val_every_n_steps) and not reporter.asked_to_stop:
                 validation_at(number)
-                started = time.perf_counter()
-            if last:
+                early = should_stop_early(
+                    [v["val_loss"] for v in reporter.validations],
+                    patience=config.early_stop_patience, min_delta=config.early_stop_min_delta,
+                )  # fmt: skip
+            if reporter.asked_to_stop or early:
                 break
+            if due(number, config.checkpoint_every_n_steps):
+                save_at(number)
+            started = time.perf_counter()
+        if reporter.asked_to_stop:
+            save_at(number)
+            reporter.say(f"stopped by {request.name} at step {number} of {num_steps}: the same "
+                         "command goes on from here")  # fmt: skip
+            return Trained(reporter.history, reporter.validations, None, request.exit_code)
+        reporter.flush()  # a loss that is not finite stops here, before anything is saved
+        if early:
+            reporter.say(f"stopped early at step {number}: no better validation loss lately")
+        validation_at(number)  # a stream may have ended before max_steps
+        if config.checkpoint_every_n_steps is not None:
+            save_at(number)
         folder = output / "model"
         base.save(folder, write=world.is_first)
         world.barrier()
         reporter.say(f"saved {folder}")
-    return Trained(reporter.history, validations, folder)
+    return Trained(reporter.history, reporter.validations, folder)
+
+
+def open_reporter(
+    config: RecipeConfig, world: World, layers: list[str], kept: Kept, plots: Plots | None,
+    *, total: int,
+) -> Reporter:  # fmt: skip
+    """What shows the run; on the first process it also fills the run's folder."""
+    output = Path(config.output_dir)
+    loggers, metrics = [], None
+    if world.is_first:
+        loggers = build_loggers(config.metric_logger, output_dir=config.output_dir)
+        metrics = start_run_folder(
+            output, device=world.device, num_processes=world.size, step=kept.step
+        )
+        settings = OmegaConf.structured(config)
+        OmegaConf.save(settings, output / "torchtune_config.yaml")
+        for logger in loggers:
+            logger.log_config(settings)
+    return Reporter(
+        loggers, total=total, every=config.log_every_n_steps, show=world.is_first,
+        history=kept.history, validations=kept.validations, layers=layers,
+        log_layers=config.log_layers, metrics=metrics, pictures=plots if world.is_first else None,
+        gather=world.gather_objects,
+    )  # fmt: skip
 
 
 def report(
-    reporter: Reporter, number: int, values: dict[str, Any], rate: float, seconds: float,
-    world: World,
+    reporter: Reporter, number: int, values: dict[str, Any], watched: Watched, seconds: float,
+    used: Utilisation | None, world: World,
 ) -> None:  # fmt: skip
     """Hand a step's values to the reporter; they are read when the next step has been launched."""
-    values = dict(values)
-    load = values.pop("load")  # [l, e]
-    memory = peak_memory_gib(world.device)
-    values |= {
-        "lr": rate,
-        "tokens_per_second": values.pop("tokens") / seconds,
-        "max_violation": max_violation(load).max(),
-        "dead_experts": dead_experts(load).sum(),
-    }
-    reporter.step(number, values | ({} if memory is None else {"peak_memory_gib": memory}))
+    load, tokens, pairs = (values.pop(name) for name in ("load", "tokens", "pairs"))
+    values["tokens_per_second"] = tokens / seconds
+    values |= mfu_of_step(used, num_tokens=tokens, attended=pairs, seconds=seconds)
+    reporter.step(number, values | peak_memory(world.device), load=load, watched=watched)
 
 
 def main(config: RecipeConfig) -> Trained:
     """Train as the configuration says; on every process of the launch."""
     with open_world(
-        device=config.device, dp_replicate=config.dp_replicate, dp_shard=config.dp_shard
-    ) as world:
+        device=config.device, dp_replicate=config.dp_replicate, dp_shard=config.dp_shard,
+        deterministic=config.deterministic,
+    ) as world:  # fmt: skip
         return run(config, world)
 
 

@@ -118,6 +118,24 @@ def write_tokenizer(folder, *, template=None, generation=None, change=None, **co
     return folder
 
 
+def write_word_tokenizer(folder, words, *, template=CHATML):
+    """A tokenizer of whole words, so that tokens can be written by hand: word i has id i + 5.
+
+    0 <bos>, 1 <eos>, 2 <|im_start|>, 3 <|im_end|>, 4 anything else.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    vocab = {word: number for number, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    values = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
 def write_jsonl(path, rows):
     """One JSON object a line."""
     path = Path(path)

@@ -1,5 +1,7 @@
 """Small runs of the real recipe, in this process or on spawned gloo ranks."""
 
+import faulthandler
+import importlib
 import uuid
 
 import moe_full_finetune as recipe
@@ -7,13 +9,16 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 
-from moe_builders.data.loader import training_steps
 from moe_builders.errors import InputError
 from moe_builders.losses import IGNORE_INDEX
-from moe_builders.moe import collect_routing
-from moe_builders.parallel.sharding import whole_tensor
+from moe_builders.moe import collect_routing, moe_layer
+from moe_builders.parallel.grad_norm import GradNorm
+from moe_builders.parallel.sharding import local_shard, whole_tensor
 from moe_builders.parallel.world import open_world
 from moe_builders.training.config import check_config
+from moe_builders.training.low_bit import describe_unquantized
+from moe_builders.training.optimizer import build_optimizer
+from moe_builders.training.stepping import build_stepper
 
 VOCAB = 64
 HF_CONFIG = {
@@ -54,6 +59,17 @@ class NoTokenizer:
     max_seq_len = None
 
 
+def uneven_decoder(*, vocab_size):
+    """Dims that two processes do not share evenly: a gate of one row, 3 experts."""
+    from helpers_decoder import D, decoder_of
+
+    def mlp(layer):
+        return moe_layer(embed_dim=D, expert_hidden_dim=8, num_experts=3, experts_per_token=2,
+                         shared_hidden_dim=8, shared_gate=True)  # fmt: skip
+
+    return decoder_of(vocab_size=vocab_size, num_layers=1, mlp=mlp)
+
+
 def config(output_dir, **changes):
     """A configuration of the recipe for a tiny model, with keys changed by dotted name."""
     values = OmegaConf.create({
@@ -70,7 +86,8 @@ def config(output_dir, **changes):
         "router_losses": {"load_balancing_coef": 0.1, "z_coef": 0.01},
     })  # fmt: skip
     for key, value in changes.items():
-        OmegaConf.update(values, key.replace("__", "."), value)
+        merge = not isinstance(value, list)  # a list takes the place of a component
+        OmegaConf.update(values, key.replace("__", "."), value, merge=merge)
     return check_config(values)
 
 
@@ -79,8 +96,8 @@ def first_step(cfg):
     with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate) as world:
         torch.manual_seed(cfg.seed)
         model = recipe.build_model(cfg, world).model
-        loader, sampler = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
-        step = next(training_steps(loader, sampler, epochs=1))
+        loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
+        step = next(loader.steps(epochs=1))
         values = recipe.train_step(model, step, cfg, world)
         gradients = {n: whole_tensor(p.grad).clone() for n, p in model.named_parameters()}
         margins = []
@@ -108,8 +125,60 @@ def losses_and_weights(cfg):
     }
 
 
+def steps_of(cfg):
+    """Weights, state bits and norms after a run's steps, torchao's update run eagerly.
+
+    The local tensors of all processes are compared where they are copies of one shard.
+    """
+    with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate) as world:
+        torch.manual_seed(cfg.seed)
+        with torch.compiler.set_stance("force_eager"):
+            model = recipe.build_model(cfg, world).model
+            loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
+            optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
+            stepper = build_stepper(
+                optimizer, GradNorm(), world.device,
+                in_backward=cfg.optimizer_in_bwd, offload=False,
+            )  # fmt: skip
+            before = {n: whole_tensor(p.detach()).clone() for n, p in model.named_parameters()}
+            norms = []
+            steps = loader.steps(epochs=1)
+            for _ in range(cfg.max_steps):
+                recipe.train_step(model, next(steps), cfg, world)
+                norms.append(float(recipe.update(stepper, None, cfg)))
+        local = {}
+        for name, parameter in model.named_parameters():
+            for key, value in {"": parameter, **optimizer.state.get(parameter, {})}.items():
+                if value.ndim:
+                    wanted = getattr(parameter, "placements", None)  # one process need not shard
+                    assert getattr(value, "placements", None) == wanted
+                    assert value.shape == parameter.shape
+                    local[f"{name} {key}"] = local_shard(value.detach()).tensor
+                else:
+                    local[f"{name} {key}"] = value
+        everybody = [None] * world.size
+        torch.distributed.all_gather_object(everybody, {n: bits_of(t) for n, t in local.items()})
+        return {
+            "before": before,
+            "after": {n: whole_tensor(p.detach()).clone() for n, p in model.named_parameters()},
+            "norms": norms,
+            "states": {n: type(t).__name__ for n, t in local.items()},
+            "bits": everybody,
+            "unquantized": describe_unquantized(optimizer, model),
+        }
+
+
+def bits_of(tensor):
+    """A tensor's plain tensors, as bytes."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        parts = [part for part in inner if isinstance(part, torch.Tensor)]  # not a mesh
+        return [each for part in parts for each in bits_of(part)]
+    return [tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
+
+
 def on_ranks(size, cases, folder):
-    """Run {name: (function name, config)} on freshly spawned gloo ranks, all in one launch.
+    """Run {name: (function name, arguments…)} on freshly spawned gloo ranks, all in one launch.
 
     Returns:
         {name: what rank 0 got}; the other ranks' answers must have been equal.
@@ -122,11 +191,18 @@ def on_ranks(size, cases, folder):
 
 def _rank(rank, size, meeting, cases, folder):
     torch.set_num_threads(1)
+    faulthandler.enable()  # a rank that dies in C++ says where
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    answers = {name: globals()[function](cfg) for name, (function, cfg) in cases.items()}
+    answers = {name: _find(function)(*args) for name, (function, *args) in cases.items()}
     if rank == 0:
         torch.save(answers, f"{folder}/ranks{size}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _find(name):
+    """A function of this file, or of another helpers' by its dotted name."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module or __name__), function)
 
 
 def sentence_of(cfg):

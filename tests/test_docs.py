@@ -10,7 +10,12 @@ from omegaconf import OmegaConf
 
 from moe_builders.hub import create_hf_model
 from moe_builders.instantiate import find_component
-from moe_builders.training.config import RecipeConfig, RouterLossConfig, check_config
+from moe_builders.training.config import (
+    ProfilerConfig,
+    RecipeConfig,
+    RouterLossConfig,
+    check_config,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,6 +65,7 @@ def test_every_configuration_key_is_in_the_table():
     table = (ROOT / "docs/configuration.md").read_text()
     named = set(re.findall(r"`([\w.]+)`", "\n".join(
         line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))))  # fmt: skip
-    keys = {f.name for f in fields(RecipeConfig)} - {"router_losses"}
+    keys = {f.name for f in fields(RecipeConfig)} - {"router_losses", "profiler"}
     keys |= {f"router_losses.{f.name}" for f in fields(RouterLossConfig)}
+    keys |= {f"profiler.{f.name}" for f in fields(ProfilerConfig)}
     assert named == keys

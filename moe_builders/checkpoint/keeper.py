@@ -1,6 +1,6 @@
 """What a run keeps to be able to go on: written into a checkpoint, taken back out of one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,14 @@ class Position(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Go there; gives what is different from the loader that was saved."""
         ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from, or None, and what is worth telling about that."""
+
+    checkpoint: Checkpoint | None
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class RunKeeper:
         own = {"random": random_state(self.world.device)}
         return self.checkpoints.save(step, self.state.tensors(), facts, own)
 
-    def restore(self, checkpoint: Checkpoint | None) -> Kept:
+    def restore(self, start: Start) -> Kept:
         """Take everything back from a checkpoint; without one, a run starts at step 0.
 
         The configuration of now counts wherever it differs from the checkpoint's, in particular
@@ -101,11 +109,12 @@ class RunKeeper:
         Raises:
             InputError: it does not fit the model, the optimizer or the data of now.
         """
+        checkpoint = start.checkpoint
         if checkpoint is None:
-            return Kept()
+            return Kept(notes=start.notes)
         facts = checkpoint.facts
         try:
-            notes = [f"going on from {checkpoint.folder} (step {checkpoint.step})"]
+            notes = [*start.notes, f"going on from {checkpoint.folder} (step {checkpoint.step})"]
             notes += [
                 f"the config differs from the checkpoint's, and the new value counts: {change}"
                 for change in config_changes(facts["config"], self.settings)
@@ -135,29 +144,31 @@ class RunKeeper:
             ) from error
 
 
-def find_checkpoint(
-    resume: str, checkpoints: RunCheckpoints, *, say: Callable[[str], None]
-) -> Checkpoint | None:
-    """The checkpoint that a run starts from; every process calls.
+def find_checkpoint(resume: str, checkpoints: RunCheckpoints) -> Start:
+    """Where a run starts; every process calls.
 
     Args:
-        resume: "auto": the newest complete one, if there is one; "never": none, and those that
-            are there get out of the way; else a checkpoint's folder.
+        resume: "auto": the newest complete checkpoint, if there is one; "never": none, and those
+            that are there get out of the way; else a checkpoint's folder.
         checkpoints: of the run.
-        say: told of damaged ones that are passed over, and of those moved away.
 
     Raises:
         InputError: the folder is not a complete checkpoint.
     """
     if resume == "never":
         aside = checkpoints.move_aside()
-        if aside is not None:
-            say(f"resume=never: the checkpoints of an earlier run are in {aside} now")
-        return None
+        moved = [f"resume=never: the checkpoints of an earlier run are in {aside} now"]
+        return Start(None, moved if aside is not None else [])
     if resume != "auto":
-        return read_checkpoint(resume)
-    for folder, problem in checkpoints.list():
-        if problem is None:
-            break
-        say(f"{folder} is passed over: {problem}")
-    return checkpoints.newest()
+        if not Path(resume).is_dir():
+            raise InputError(
+                f"resume is {resume!r}, but must be auto, never, or a checkpoint's folder"
+            )
+        return Start(read_checkpoint(resume), [])
+    found = checkpoints.newest()
+    passed = [
+        f"{folder} is passed over: {problem}"
+        for folder, problem in checkpoints.list()
+        if problem is not None and (found is None or folder.name > found.folder.name)
+    ]
+    return Start(found, passed)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from moe_builders.checkpoint.run_checkpoints import Checkpoint
 from moe_builders.errors import InputError
 from moe_builders.parallel.dcp import stored_tensors
 from moe_builders.parallel.sharding import local_shard, raise_together
+from moe_builders.training.stepping import Stepper
 
 _LISTED = 5  # names shown of each kind of difference
 
@@ -25,16 +25,17 @@ class TrainingState:
 
     Args:
         model: sharded or not, on its device.
-        optimizer: as built, before its first step; only what changes afterwards is state, and
-            hyperparameters stay the configuration's.
+        stepper: of its optimizer, before the first step; only what changes afterwards is state,
+            and hyperparameters stay the configuration's.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-        self._at_first = [_plain_options(group) for group in optimizer.param_groups]
+    def __init__(self, model: nn.Module, stepper: Stepper) -> None:
+        self.model, self.stepper, self.optimizer = model, stepper, stepper.optimizer
+        self._at_first = [_plain_options(group) for group in self.optimizer.param_groups]
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, sharded ones as they are: no copies."""
+        self.stepper.wait()
         found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter, state in self._states():
             for key, value in state.items():
@@ -95,16 +96,13 @@ class TrainingState:
                 yield name, parameter, self.optimizer.state[parameter]
 
     def _make_entries(self, stored: Mapping[str, Any]) -> None:
-        """Let the optimizer make its entries by steps that are overwritten afterwards.
-
-        One parameter at a time: gradients of the whole model might not fit beside it.
-        """
-        prefixes = {name.removeprefix("optimizer.") for name in stored if "optimizer." in name}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and any(p.startswith(f"{name}.") for p in prefixes):
-                parameter.grad = torch.zeros_like(parameter)
-                self.optimizer.step()
-                parameter.grad = None
+        """Entries for the parameters that had some in the run that saved; their values are moot."""
+        owners = {name.removeprefix("optimizer.") for name in stored if "optimizer." in name}
+        self.stepper.make_states(
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and any(owner.startswith(f"{name}.") for owner in owners)
+        )
 
 
 def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +135,8 @@ def _differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> st
         for name in own
         if name in stored and own[name] != stored[name]
     ]
-    kinds = {"not in the checkpoint": missing, "only in the checkpoint": surplus, "other": other}
+    kinds = {"not in the checkpoint": missing, "only in the checkpoint": surplus}
+    kinds |= {"of another shape or dtype": other}
     found = [
         f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''})"
         for kind, names in kinds.items()

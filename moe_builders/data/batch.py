@@ -3,8 +3,8 @@
 Letters: b rows · s positions · t = b·s tokens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Batch:
             padding has a number of its own.
         mask: [b, s] bool, True = a real token.
         packed: whether a row may hold several documents.
+        num_cut: documents that begin here and were longer than max_seq_len.
+        num_lost: tokens of theirs that were left out.
     """
 
     tokens: Tensor
@@ -35,6 +37,8 @@ class Batch:
     sequence_ids: Tensor
     mask: Tensor
     packed: bool
+    num_cut: int = 0
+    num_lost: int = 0
 
     @property
     def num_labels(self) -> int:
@@ -46,16 +50,25 @@ class Batch:
         """Real tokens."""
         return int(self.mask.sum())
 
+    @property
+    def attended_pairs(self) -> int:
+        """(query, key) pairs of real tokens, Σ n(n+1)/2 over documents of n tokens (on the host).
+
+        A token at position p of its document sees p + 1 keys.
+        """
+        return int((self.positions + 1)[self.mask].sum())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        tensors = (self.tokens, self.labels, self.positions, self.sequence_ids, self.mask)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(*moved, packed=self.packed)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; a loader with pin_memory asks for it."""
-        tensors = (self.tokens, self.labels, self.positions, self.sequence_ids, self.mask)
-        return Batch(*(tensor.pin_memory() for tensor in tensors), packed=self.packed)
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        names = ("tokens", "labels", "positions", "sequence_ids", "mask")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     @property
     def info(self) -> TokenInfo:
@@ -87,7 +100,8 @@ def collate(
     """Pad samples on the right to one length.
 
     Args:
-        samples: each with "tokens", "labels" (already shifted) and "lengths" of its documents;
+        samples: each with "tokens", "labels" (already shifted) and "lengths" of its documents, and
+            perhaps how many of them were "cut" and how many tokens "lost" (see ``packing``);
             None makes a row of padding (a rank that has run out of validation samples).
         pad_id: written into padding; never looked at again.
         packed: whether rows may hold several documents.
@@ -111,4 +125,5 @@ def collate(
             positions[i, start : start + document] = torch.arange(document)
             start += document
             number += document > 0
-    return Batch(tokens, labels, positions, sequence_ids, mask, packed)
+    num_cut, num_lost = (sum(row.get(key, 0) for row in rows) for key in ("cut", "lost"))
+    return Batch(tokens, labels, positions, sequence_ids, mask, packed, num_cut, num_lost)

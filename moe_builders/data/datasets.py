@@ -1,20 +1,24 @@
-"""A config's ``dataset`` as samples for the loader: torchtune's builders, checked at the start."""
+"""A config's ``dataset`` as sized rows: torchtune's builders, checked at the start."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-from datasets.exceptions import DatasetsError
 from torch.utils.data import ConcatDataset
 
-from moe_builders.data.packing import PackedDataset, ShiftedDataset, read_sample
+from moe_builders.data.documents import is_torchtune, read_sample, roles_of
+from moe_builders.data.nodes import SetNode, build_component, no_samples, read_nodes
+from moe_builders.data.order import largest_remainder
+from moe_builders.data.packing import Row
+from moe_builders.data.rows import MixedDataset, PackedDataset, ShiftedDataset
 from moe_builders.data.tokenizer import HFTokenizer
 from moe_builders.errors import InputError
-from moe_builders.instantiate import component_of, first_line, instantiate, signature_of
 from moe_builders.losses import IGNORE_INDEX
 
-_LOOKED_AT = 100  # rows in which at least one label must be
-_PACKING = ("packed", "split_across_pack")
+Rows = PackedDataset | ShiftedDataset | MixedDataset
+
+LOOKED_AT = 100  # rows in which at least one label must be
 
 
 def build_dataset(
@@ -22,87 +26,122 @@ def build_dataset(
     tokenizer: HFTokenizer,
     *,
     max_seq_len: int,
+    long_samples: str = "truncate",
     path: str = "dataset",
+    validation: bool = False,
     show: bool = False,
-) -> PackedDataset | ShiftedDataset:
-    """Build the data set (or the concatenation of a list of them) that a config describes.
+) -> Rows:
+    """Build the rows of the data set (or list of them) that a config describes.
 
     Args:
-        node: {"_component_": torchtune builder, ...}; ``packed`` and ``split_across_pack`` are
-            taken out and done by our own packing, which keeps documents apart for the routers too.
-            Left out they are what the builder's signature says (text_completion_dataset: split),
-            else false.
-        tokenizer: the builder gets a copy with a max_seq_len of its own: samples are cut at
-            max_seq_len unless they are split across rows.
+        node: {"_component_": torchtune builder, ...}, or a list of them: one after the other, or
+            mixed where each has a ``weight``. ``packed`` and ``split_across_pack`` are done by our
+            own packing, which keeps documents apart for the routers too.
+        tokenizer: the builder gets a copy that never cuts: what is too long is cut here.
         max_seq_len: longest row.
+        long_samples: what happens to longer samples: "truncate", "split" or "refuse".
         path: where in the config, for messages.
+        validation: every sample exactly once: weights are refused.
         show: draw a progress bar while rows are packed.
 
     Raises:
         InputError: missing file or column, no samples, nothing to train on, or sets that disagree
-            about packing.
+            about packing or weights.
     """
-    nodes = node if isinstance(node, list) else [node]
-    if not nodes or not all(isinstance(n, Mapping) for n in nodes):
-        raise InputError(f"{path} must be a component ({{_component_: ...}}) or a list of them")
-    paths = [path] if len(nodes) == 1 else [f"{path}[{i}]" for i in range(len(nodes))]
-    packing = {_packing(n, path=p) for n, p in zip(nodes, paths, strict=True)}
-    if len(packing) > 1:
-        raise InputError(f"{path}: all data sets of a list must agree on packed, split_across_pack")
-    packed, split = packing.pop()
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.max_seq_len = None if split else max_seq_len
-    parts = [_build_one(n, tokenizer, p) for n, p in zip(nodes, paths, strict=True)]
-    dataset: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-    if packed:
-        rows = PackedDataset(
-            dataset, max_seq_len=max_seq_len, split_across_pack=split, path=path, show=show
-        )
-    else:
-        rows = ShiftedDataset(dataset, max_seq_len=max_seq_len, path=path)
-    looked_at = range(min(len(rows), _LOOKED_AT))
-    if all(label == IGNORE_INDEX for i in looked_at for label in list(rows[i]["labels"])):
-        raise InputError(
-            f"{path}: no token of the first {len(looked_at)} rows is trained on: every label is "
-            f"masked, or was cut off at max_seq_len ({max_seq_len})"
-        )
+    sets = read_nodes(node, path=path, validation=validation)
+    cutting: dict[str, Any] = {"max_seq_len": max_seq_len, "long_samples": long_samples}
+    if len(sets) > 1 and sets[0].weight is not None:
+        parts = [build_set(one, tokenizer, show=show, **cutting) for one in sets]
+        mixed = MixedDataset(parts, [one.weight or 0 for one in sets])
+        _check_shares(mixed, path)
+        return mixed
+    tokenizer = without_limit(tokenizer, max_seq_len)
+    raw = [_build_one(one, tokenizer) for one in sets]
+    samples = raw[0] if len(raw) == 1 else ConcatDataset(raw)
+    rows = _rows_of(samples, sets[0], path=path, show=show, **cutting)
+    check_labels(_all(rows), raw, path=path, max_seq_len=max_seq_len)
     return rows
 
 
-def _packing(node: Mapping[str, Any], *, path: str) -> tuple[bool, bool]:
-    """(packed, split across rows) of one data set."""
-    values = []
-    signature = signature_of(component_of(node, path=path))
-    known = {} if signature is None else signature.parameters
-    for key in _PACKING:
-        value = node.get(key, known[key].default if key in known else False)
-        if not isinstance(value, bool):
-            raise InputError(f"{path}.{key} is {value!r}, but must be true or false")
-        values.append(value)
-    packed, split = values
-    return packed, packed and split
+def build_set(
+    one: SetNode, tokenizer: HFTokenizer, *, max_seq_len: int, long_samples: str, show: bool
+) -> PackedDataset | ShiftedDataset:
+    """The rows of one set by itself; see ``build_dataset``."""
+    samples = _build_one(one, without_limit(tokenizer, max_seq_len))
+    rows = _rows_of(
+        samples, one, path=one.path, max_seq_len=max_seq_len, long_samples=long_samples, show=show
+    )
+    if not len(rows):
+        raise no_samples(one.path, one.files)
+    check_labels(_all(rows), [samples], path=one.path, max_seq_len=max_seq_len)
+    return rows
 
 
-def _build_one(node: Mapping[str, Any], tokenizer: HFTokenizer, path: str) -> Any:
-    dataset: Any = None
-    size = 0
-    plain = {key: value for key, value in node.items() if key not in _PACKING}
-    try:
-        dataset = instantiate(plain, tokenizer, path=path)
-        size = len(dataset)
-    except StopIteration:  # what a file without a byte leads to in datasets' json builder
-        pass
-    except InputError as error:
-        if "corresponds to no data" not in str(error):  # and one without a line, or an empty slice
-            raise
-    except (DatasetsError, OSError, ValueError, TypeError, KeyError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # datasets' own errors say only that there was one
-            cause = cause.__cause__
-        where = f" from {node['data_files']}" if "data_files" in node else ""
-        raise InputError(f"{path} cannot be built{where}: {first_line(cause)}") from error
-    if size == 0:
-        where = f" in {node['data_files']}" if "data_files" in node else ""
-        raise InputError(f"{path} holds no samples{where}")
-    read_sample(dataset, 0, path)
+def _rows_of(samples: Any, one: SetNode, **options: Any) -> PackedDataset | ShiftedDataset:
+    if one.packed:
+        return PackedDataset(samples, split_across_pack=one.split, **options)
+    return ShiftedDataset(samples, **options)
+
+
+def _all(rows: PackedDataset | ShiftedDataset) -> Iterator[Row]:
+    return (rows[i] for i in range(len(rows)))
+
+
+def without_limit(tokenizer: HFTokenizer, max_seq_len: int) -> HFTokenizer:
+    """A copy whose samples come whole, so that it is seen which are too long.
+
+    Raises:
+        InputError: the tokenizer has a smaller limit of its own, as in torchtune's configs.
+    """
+    own = getattr(tokenizer, "max_seq_len", None)
+    if own is not None and own < max_seq_len:
+        raise InputError(
+            f"tokenizer.max_seq_len is {own}, but samples are cut at max_seq_len ({max_seq_len}): "
+            "set max_seq_len to what you want, and leave the tokenizer's out"
+        )
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.max_seq_len = None
+    return tokenizer
+
+
+def check_labels(rows: Iterable[Row], raw: list[Any], *, path: str, max_seq_len: int) -> None:
+    """Refuse data of which nothing would be trained on.
+
+    Raises:
+        InputError: no label in the first rows; the likely cause is named.
+    """
+    seen = 0
+    for row in islice(rows, LOOKED_AT):
+        if any(label != IGNORE_INDEX for label in list(row["labels"])):
+            return
+        seen += 1
+    roles: set[str] = set()
+    for dataset in filter(is_torchtune, raw):
+        for sample in islice(iter(dataset._data), LOOKED_AT):
+            roles |= roles_of(dataset, sample)
+    if roles and "assistant" not in roles:
+        cause = (
+            f"nobody speaks as 'assistant' in these chats, only {', '.join(sorted(roles))}: rename "
+            "the roles to system, user, assistant"
+        )
+    else:
+        cause = f"every label is masked, or was cut off at max_seq_len ({max_seq_len})"
+    raise InputError(f"{path}: no token of the first {seen} rows is trained on: {cause}")
+
+
+def _check_shares(rows: MixedDataset, path: str) -> None:
+    shares = largest_remainder(rows.weights, len(rows))
+    for i, (part, share) in enumerate(zip(rows.parts, shares, strict=True)):
+        if not share:
+            raise InputError(
+                f"{path}[{i}].weight ({rows.weights[i]}) gives it none of the {len(rows)} rows of "
+                f"an epoch, though it has {len(part)}: raise the weight, or leave the set out"
+            )
+
+
+def _build_one(one: SetNode, tokenizer: HFTokenizer) -> Any:
+    dataset = build_component(one, tokenizer)
+    if dataset is None or len(dataset) == 0:
+        raise no_samples(one.path, one.files)
+    read_sample(dataset, 0, one.path)
     return dataset

@@ -1,163 +1,250 @@
-"""Which samples each process sees in each step; the same set on any number of processes.
+"""Micro-batches, step by step, from a place that can be saved and gone back to.
 
-A step takes G = processes · batch_size · gradient_accumulation_steps samples. Which ones depends
-on seed, epoch and step alone, so 1 process with batch 4, 2 with batch 2 and 1 with 4 micro-batches
-of 1 train on the same samples.
+The order is decided in the main process (or by the stream), never by workers: any number of them
+gives the same batches, and the place counts what was handed out, not what they have prepared.
 """
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from moe_builders.data.batch import Batch, collate
-from moe_builders.data.packing import PackedDataset
+from moe_builders.data.datasets import Rows
+from moe_builders.data.packing import Row
+from moe_builders.data.position import compare, stamp
+from moe_builders.data.rows import MixedDataset, order_of
+from moe_builders.data.sampler import NO_SAMPLE, StepSampler
 from moe_builders.errors import InputError
 
-_NO_SAMPLE = -1
+
+class StepLoader(Protocol):
+    """Micro-batches of this process.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in an epoch; None: a stream, nobody knows.
+        max_epochs: how many there can be; None: any number.
+        notes: sentences about the data for whoever watches the run.
+    """
+
+    steps_per_epoch: int | None
+    max_epochs: int | None
+    notes: list[str]
+
+    def steps(self, *, epochs: int) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step at a time, from the loaded place on.
+
+        The last samples of an epoch (of a stream: of the run) that fill no step are left out.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every sample once, in order; as many batches on every process."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last step that ``steps`` gave, the same on all processes."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on there; call it before ``steps``.
+
+        Another number of processes, workers, batch_size or gradient_accumulation_steps is fine:
+        the next sample is the next sample.
+
+        Returns:
+            Sentences on what the order depends on and now differs; [] when it is the same order.
+
+        Raises:
+            InputError: the place means nothing in this data.
+        """
+        ...
 
 
-class StepSampler(Sampler[list[int]]):
-    """Lists of sample numbers, one a micro-batch of this process.
+@dataclass(frozen=True)
+class Batching:
+    """How rows become batches.
 
-    Args:
-        num_samples: in the data set.
-        batch_size: of a micro-batch on one process.
+    Attributes:
+        batch_size: rows of a micro-batch on one process.
         accumulation: micro-batches a step.
         rank, size: this process among all.
+        pad_id: id written into padding.
+        max_seq_len: packed rows are padded to it.
+        pad_to_multiple_of: round other rows up, so that compiled code sees few shapes.
+        num_workers: processes that prepare batches ahead; 0: none.
+        prefetch_factor: batches (of a stream: steps) that each of them keeps ready.
+        pin_memory: for faster copies to a GPU.
+    """
+
+    batch_size: int
+    max_seq_len: int
+    pad_id: int
+    accumulation: int = 1
+    rank: int = 0
+    size: int = 1
+    pad_to_multiple_of: int = 1
+    num_workers: int = 0
+    prefetch_factor: int = 2
+    pin_memory: bool = False
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of all processes."""
+        return self.size * self.batch_size * self.accumulation
+
+    def collate(self, rows: Sequence[Row | None], *, packed: bool) -> Batch:
+        """Rows (None: padding) as one micro-batch."""
+        longest = max(len(row["tokens"]) if row else 1 for row in rows)
+        multiple = self.pad_to_multiple_of
+        rounded = -(-longest // multiple) * multiple
+        length = self.max_seq_len if packed else min(rounded, max(self.max_seq_len, longest))
+        return collate(rows, pad_id=self.pad_id, packed=packed, length=length)
+
+    def loader(self, dataset: Any, *, num_workers: int, **options: Any) -> DataLoader[Any]:
+        """torch's loader, with workers as asked for."""
+        ahead = {"prefetch_factor": self.prefetch_factor} if num_workers else {}
+        return DataLoader(
+            dataset,
+            num_workers=num_workers,
+            pin_memory=self.pin_memory,
+            # torch draws a seed for workers; not from the stream that a resumed run goes on with
+            generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_run,
+            **ahead,
+            **options,
+        )
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the run needs its workers to finish."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class SizedLoader:
+    """Steps over a data set whose rows are numbered.
+
+    Args:
+        rows: the data set.
+        batching: how rows become batches.
         seed: of the order.
-        shuffle: a new order every epoch (``set_epoch``); False: as it is.
-        keep_last: pad the last, incomplete step with empty samples; False: leave it out.
+        shuffle: a new order every epoch.
+        validation: for ``__iter__`` alone: the last, incomplete batch is kept.
+        long_samples: how the rows were made, for ``load_state_dict``.
 
     Raises:
-        InputError: a size below 1, or fewer samples than one step takes.
+        InputError: fewer rows than one step takes.
     """
 
     def __init__(
         self,
+        rows: Rows,
+        batching: Batching,
         *,
-        num_samples: int,
-        batch_size: int,
-        accumulation: int = 1,
-        rank: int,
-        size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        keep_last: bool = False,
+        seed: int,
+        shuffle: bool,
+        validation: bool = False,
+        long_samples: str = "truncate",
     ) -> None:
-        for name, value in (("batch_size", batch_size),
-                            ("gradient_accumulation_steps", accumulation)):  # fmt: skip
-            if value < 1:
-                raise InputError(f"{name} is {value}, but must be at least 1")
-        self.num_samples, self.batch_size, self.accumulation = num_samples, batch_size, accumulation
-        self.rank, self.size, self.seed, self.shuffle = rank, size, seed, shuffle
-        self.keep_last, self.epoch = keep_last, 0
-        if self.num_steps == 0:
+        self.notes = _cut_note(rows, batching.max_seq_len)
+        self._sampler = StepSampler(
+            num_samples=len(rows), batch_size=batching.batch_size,
+            accumulation=1 if validation else batching.accumulation, rank=batching.rank,
+            size=batching.size, keep_last=validation,
+            order=order_of(rows, seed=seed, shuffle=shuffle),
+        )  # fmt: skip
+        self.steps_per_epoch: int | None = self._sampler.num_steps
+        self.max_epochs: int | None = None
+        workers = batching.num_workers
+        self._loader = batching.loader(
+            _OrEmpty(rows), num_workers=workers, batch_sampler=self._sampler,
+            collate_fn=_Collate(batching, rows.packed), persistent_workers=workers > 0,
+        )  # fmt: skip
+        parts = rows.parts if isinstance(rows, MixedDataset) else [rows]
+        self._stamp = stamp(
+            kind="sized", packed=rows.packed, max_seq_len=batching.max_seq_len, seed=seed,
+            shuffle=shuffle, long_samples=long_samples, rows=[len(part) for part in parts],
+            weights=rows.weights if isinstance(rows, MixedDataset) else None,
+        )  # fmt: skip
+        self._epoch = self._samples = 0
+
+    def steps(self, *, epochs: int) -> Iterator[list[Batch]]:
+        """See ``StepLoader``."""
+        while self._epoch < epochs:
+            self._sampler.set_epoch(self._epoch, start=self._samples)
+            step: list[Batch] = []
+            for batch in self._loader if len(self._sampler) else ():
+                step.append(batch)
+                if len(step) == self._sampler.accumulation:
+                    self._samples += self._sampler.samples_per_step
+                    yield step
+                    step = []
+            self._epoch, self._samples = self._epoch + 1, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """See ``StepLoader``."""
+        yield from self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``StepLoader``."""
+        return {"epoch": self._epoch, "samples": self._samples, "of": self._stamp}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """See ``StepLoader``."""
+        differences = compare(state, self._stamp)
+        self._epoch, self._samples = int(state["epoch"]), int(state["samples"])
+        return differences
+
+
+def total_steps(loader: StepLoader, *, epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps of a run, at most.
+
+    Raises:
+        InputError: a stream without max_steps, or several epochs of what has no end.
+    """
+    if loader.max_epochs is not None and epochs > loader.max_epochs:
+        raise InputError(
+            f"epochs is {epochs}, but a mixture with a stream in it has no end, so there is one "
+            "epoch only: set epochs to 1 and max_steps to what you want"
+        )
+    if loader.steps_per_epoch is None:
+        if max_steps is None:
             raise InputError(
-                f"the data set has {num_samples} rows, fewer than the {self.samples_per_step} of "
-                "one step: lower batch_size or gradient_accumulation_steps"
+                "max_steps is missing: nobody knows how long a stream (streaming: true) is, so set "
+                "max_steps"
             )
-
-    @property
-    def samples_per_step(self) -> int:
-        """G, over all processes."""
-        return self.size * self.batch_size * self.accumulation
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps in an epoch."""
-        extra = self.samples_per_step - 1 if self.keep_last else 0
-        return (self.num_samples + extra) // self.samples_per_step
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_steps * self.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.num_samples))
-        if self.shuffle:
-            number = (self.seed * 1_000_003 + self.epoch) % 2**63  # what manual_seed can take
-            stream = torch.Generator().manual_seed(number)
-            order = torch.randperm(self.num_samples, generator=stream).tolist()
-        order += [_NO_SAMPLE] * (self.num_steps * self.samples_per_step - self.num_samples)
-        per_micro_batch = self.size * self.batch_size
-        for number in range(len(self)):
-            start = number * per_micro_batch
-            yield order[start : start + per_micro_batch][self.rank :: self.size]
+        return max_steps
+    whole = loader.steps_per_epoch * epochs
+    return whole if max_steps is None else min(whole, max_steps)
 
 
-def make_loader(
-    dataset: Dataset,
-    sampler: StepSampler,
-    *,
-    pad_id: int,
-    max_seq_len: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    pad_to_multiple_of: int = 1,
-) -> DataLoader[Batch]:
-    """A loader of this process's micro-batches.
-
-    Args:
-        dataset: ``PackedDataset`` or ``ShiftedDataset``.
-        sampler: the order.
-        pad_id: id written into padding.
-        max_seq_len: rows of a packed data set are padded to it.
-        num_workers: processes that prepare batches ahead; 0: none.
-        pin_memory: for faster copies to a GPU.
-        pad_to_multiple_of: round other rows up, so that compiled code sees few shapes.
-    """
-    packed = isinstance(dataset, PackedDataset)
-    return DataLoader(
-        _OrEmpty(dataset),
-        batch_sampler=sampler,
-        collate_fn=partial(
-            _collate, pad_id=pad_id, packed=packed, max_seq_len=max_seq_len,
-            multiple=pad_to_multiple_of,
-        ),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-    )  # fmt: skip
+def _cut_note(rows: Rows, max_seq_len: int) -> list[str]:
+    if rows.cut is None or not rows.cut[0]:
+        return []
+    cut, lost = rows.cut
+    what = f"cut there: {lost} tokens are left out" if lost else "split into several rows"
+    return [f"{cut} samples are longer than max_seq_len ({max_seq_len}) and were {what}"]
 
 
-def training_steps(
-    loader: DataLoader[Batch], sampler: StepSampler, *, epochs: int
-) -> Iterator[list[Batch]]:
-    """All micro-batches of a step at once, epoch after epoch.
+class _Collate:
+    """Batching's collate for torch's loader; an object, so that it can travel to a worker."""
 
-    The sampler leaves an epoch's incomplete last step out, so none is ever half full.
-    """
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        step = []
-        for batch in loader:
-            step.append(batch)
-            if len(step) == sampler.accumulation:
-                yield step
-                step = []
+    def __init__(self, batching: Batching, packed: bool) -> None:
+        self.batching, self.packed = batching, packed
 
-
-def _collate(
-    samples: list[dict[str, Any] | None], *, pad_id: int, packed: bool, max_seq_len: int,
-    multiple: int,
-) -> Batch:  # fmt: skip
-    longest = max(len(sample["tokens"]) if sample else 1 for sample in samples)
-    rounded = -(-longest // multiple) * multiple
-    length = max_seq_len if packed else min(rounded, max(max_seq_len, longest))
-    return collate(samples, pad_id=pad_id, packed=packed, length=length)
+    def __call__(self, rows: Sequence[Row | None]) -> Batch:
+        return self.batching.collate(rows, packed=self.packed)
 
 
 class _OrEmpty(Dataset):
     """The data set, with None for the number that stands for no sample."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> Any:
-        return None if index == _NO_SAMPLE else self.dataset[index]
+        return None if index == NO_SAMPLE else self.dataset[index]

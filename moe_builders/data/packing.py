@@ -1,146 +1,120 @@
-"""Samples for ``collate``: labels shifted, and optionally several documents packed in a row."""
+"""Documents as rows of at most max_seq_len tokens: cut, split or refused, and packed together.
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+A row is {"tokens", "labels" (the next token), "lengths" (of its documents), "cut" (how many
+documents that begin here were longer than max_seq_len), "lost" (tokens of those left out)}.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from moe_builders.data.batch import shift_labels
 from moe_builders.errors import InputError
-from moe_builders.instantiate import first_line
+
+Row = dict[str, Any]
 
 
-class SizedDataset(Protocol):
-    """A map-style dataset whose samples hold torchtune's "tokens" and "labels"."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-
-
-def read_sample(dataset: SizedDataset, index: int, path: str) -> tuple[list[int], list[int]]:
-    """(tokens, labels) of one sample, as torchtune leaves them: a label is the token itself.
+def document_rows(
+    tokens: Sequence[int],
+    labels: Sequence[int],
+    *,
+    max_seq_len: int,
+    long_samples: str,
+    split_across_pack: bool = False,
+    where: str,
+) -> list[Row]:
+    """One document as rows of its own: one, or several where it is split.
 
     Args:
-        dataset: torchtune samples.
-        index: which.
-        path: where in the config the data set stands, for messages.
+        tokens, labels: as torchtune leaves them: a label is the token itself.
+        max_seq_len: longest row.
+        long_samples: what happens to a longer document. "truncate": it ends there. "split": it
+            goes on in further rows, each part still predicting the first token of the next.
+            "refuse": an error.
+        split_across_pack: the packer splits documents wherever a row ends, so none is cut here.
+        where: the document's name in messages.
 
     Raises:
-        InputError: a row that the data set's own transforms cannot read, or not such a sample.
+        InputError: a longer document, with "refuse".
     """
-    where = f"{path}: sample {index}"
-    try:
-        sample = dataset[index]
-    except KeyError as error:
-        columns = getattr(getattr(dataset, "_data", None), "column_names", None)
-        there = f"; its columns are {', '.join(columns)}" if columns else ""
-        raise InputError(f"{where} has no {first_line(error)}{there}") from error
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError) as error:
-        raise InputError(f"{where} cannot be used: {first_line(error)}") from error
-    if not isinstance(sample, Mapping) or not {"tokens", "labels"} <= set(sample):
-        found = sorted(sample) if isinstance(sample, Mapping) else type(sample).__name__
-        raise InputError(f"{where} must hold 'tokens' and 'labels', but is {found}")
-    tokens, labels = list(sample["tokens"]), list(sample["labels"])
-    if len(tokens) != len(labels):
-        raise InputError(f"{where} has {len(tokens)} tokens, but {len(labels)} labels")
-    return tokens, labels
+    n = len(tokens)
+    too_long = n > max_seq_len
+    if too_long and long_samples == "refuse":
+        raise InputError(
+            f"{where} has {n} tokens, but max_seq_len is {max_seq_len}: raise max_seq_len, or set "
+            "long_samples to truncate or split"
+        )
+    if split_across_pack or not too_long:
+        return [_row(list(tokens), shift_labels(labels), cut=0, lost=0)]
+    if long_samples == "truncate":
+        kept, cut_labels = list(tokens[:max_seq_len]), shift_labels(labels[:max_seq_len])
+        return [_row(kept, cut_labels, cut=1, lost=n - max_seq_len)]
+    shifted = shift_labels(labels)
+    return [
+        _row(list(tokens[at : at + max_seq_len]), shifted[at : at + max_seq_len],
+             cut=int(at == 0), lost=0)
+        for at in range(0, n, max_seq_len)
+    ]  # fmt: skip
 
 
-class ShiftedDataset(Dataset):
-    """One document a sample: labels become the next token, the length is noted.
+def _row(tokens: list[int], labels: list[int], *, cut: int, lost: int) -> Row:
+    return {"tokens": tokens, "labels": labels, "lengths": [len(tokens)], "cut": cut, "lost": lost}
+
+
+class Packer:
+    """Builds rows out of documents that follow each other in order; ``lengths`` keep them apart.
+
+    Labels are shifted before packing, so a document never predicts its neighbour's first token,
+    and a document that is split still predicts the first token of its next part.
 
     Args:
-        dataset: torchtune samples.
-        max_seq_len: longer samples are refused.
-        path: where in the config the data set stands, for messages.
-    """
-
-    def __init__(self, dataset: SizedDataset, *, max_seq_len: int, path: str = "dataset") -> None:
-        self.dataset, self.max_seq_len, self.path = dataset, max_seq_len, path
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens, labels = read_sample(self.dataset, index, self.path)
-        if len(tokens) > self.max_seq_len:
-            raise InputError(
-                f"{self.path}: sample {index} has {len(tokens)} tokens, but max_seq_len is "
-                f"{self.max_seq_len}: raise max_seq_len, or cut the sample"
-            )
-        return {"tokens": tokens, "labels": shift_labels(labels), "lengths": [len(tokens)]}
-
-
-class PackedDataset(Dataset):
-    """Several documents a sample, kept apart by ``lengths``: attention, positions, labels.
-
-    Documents follow each other in order. Labels are shifted before packing, so a document never
-    predicts its neighbour's first token, and a document that is split still predicts the first
-    token of its next part.
-
-    Args:
-        dataset: torchtune samples; read once, at the start.
         max_seq_len: length of a row.
         split_across_pack: fill each row to the end and go on with the rest of the document in the
             next row; False: a document that does not fit starts a new row.
-        path: where in the config the data set stands, for messages.
-        show: draw a progress bar while the documents are read.
-
-    Raises:
-        InputError: a document longer than a row that may not be split.
     """
 
-    def __init__(
-        self,
-        dataset: SizedDataset,
-        *,
-        max_seq_len: int,
-        split_across_pack: bool = True,
-        path: str = "dataset",
-        show: bool = False,
-    ) -> None:
-        self.max_seq_len = max_seq_len
-        self.rows: list[dict[str, Any]] = []
-        row: dict[str, list[int]] = {"tokens": [], "labels": [], "lengths": []}
-        samples = tqdm(
-            range(len(dataset)), desc=f"packing {path}", disable=not show, leave=False, delay=2
-        )
-        for index in samples:
-            tokens, labels = read_sample(dataset, index, path)
-            labels = shift_labels(labels)
-            if not split_across_pack and len(tokens) > max_seq_len:
-                raise InputError(
-                    f"{path}: sample {index} has {len(tokens)} tokens, but a row holds "
-                    f"{max_seq_len}: raise max_seq_len, or set split_across_pack to true"
-                )
-            start = 0
-            while start < len(tokens):
-                room = max_seq_len - len(row["tokens"])
-                if room == 0 or (not split_across_pack and len(tokens) > room):
-                    row = self._close(row)
-                    continue
-                end = min(start + room, len(tokens))
-                row["tokens"] += tokens[start:end]
-                row["labels"] += labels[start:end]
-                row["lengths"].append(end - start)
-                start = end
-        if row["tokens"]:
-            self._close(row)
+    def __init__(self, *, max_seq_len: int, split_across_pack: bool) -> None:
+        self.max_seq_len, self.split_across_pack = max_seq_len, split_across_pack
+        self._open = _empty()
 
-    def _close(self, row: dict[str, list[int]]) -> dict[str, list[int]]:
-        """Keep a full row (as tensors: a list of ints takes ten times the memory)."""
-        self.rows.append({
-            "tokens": torch.tensor(row["tokens"], dtype=torch.int32),
-            "labels": torch.tensor(row["labels"], dtype=torch.int32),
-            "lengths": row["lengths"],
-        })  # fmt: skip
-        return {"tokens": [], "labels": [], "lengths": []}
+    def add(self, document: Row) -> list[Row]:
+        """Put a document (from ``document_rows``) behind the others; returns rows now full."""
+        finished: list[Row] = []
+        start, n = 0, len(document["tokens"])
+        assert self.split_across_pack or n <= self.max_seq_len
+        while start < n:
+            room = self.max_seq_len - len(self._open["tokens"])
+            if room == 0 or (not self.split_across_pack and n > room):
+                finished += self.flush()
+                continue
+            end = min(start + room, n)
+            self._open["tokens"] += document["tokens"][start:end]
+            self._open["labels"] += document["labels"][start:end]
+            self._open["lengths"].append(end - start)
+            start = end
+        # one that is cut is never longer than a row, so it begins where it ends
+        self._open["cut"] += document["cut"]
+        self._open["lost"] += document["lost"]
+        return finished
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def flush(self) -> list[Row]:
+        """The row that is not full yet, as it is; [] when there is none."""
+        row, self._open = self._open, _empty()
+        if not row["tokens"]:
+            return []
+        # as tensors: a list of ints takes ten times the memory
+        packed = {key: torch.tensor(row[key], dtype=torch.int32) for key in ("tokens", "labels")}
+        return [row | packed]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+    def state(self) -> Row:
+        """The row that is not full yet, as plain numbers."""
+        return {k: list(v) if isinstance(v, list) else v for k, v in self._open.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with a row that ``state`` gave."""
+        self._open = {k: list(v) if isinstance(v, list) else v for k, v in state.items()}
+
+
+def _empty() -> Row:
+    return {"tokens": [], "labels": [], "lengths": [], "cut": 0, "lost": 0}

@@ -24,12 +24,20 @@ class HFTokenizer:
         path: folder with tokenizer.json, and tokenizer_config.json for special tokens and the
             chat template (or chat_template.jinja).
         max_seq_len: samples are cut there; None: never.
+        chat_template: a file with a template, or its text; None: the folder's.
 
     Raises:
-        InputError: no tokenizer.json in the folder, or a special token that is not in it.
+        InputError: no tokenizer.json in the folder, a special token that is not in it, or no such
+            template file.
     """
 
-    def __init__(self, path: str | Path, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        max_seq_len: int | None = None,
+        *,
+        chat_template: str | Path | None = None,
+    ) -> None:
         folder = Path(path)
         self.tokenizer = _read_tokenizer(folder)
         config = _read_json(folder / "tokenizer_config.json")
@@ -55,11 +63,10 @@ class HFTokenizer:
         ends = {*self.special_tokens, self.tokenizer.id_to_token(eos) if eos is not None else None}
         words = "|".join(re.escape(end) for end in sorted(ends - {None}, key=len, reverse=True))
         self._end_token = re.compile(rf"\s*(?:{words})") if words else None
-        template_file = folder / "chat_template.jinja"
         self.chat_template: str | None = (
-            template_file.read_text(encoding="utf-8")
-            if template_file.is_file()
-            else _default_template(config.get("chat_template"))
+            _folder_template(folder, config)
+            if chat_template is None
+            else _given_template(str(chat_template))
         )
         named = {
             name: self._token_text(config.get(name))
@@ -141,7 +148,8 @@ class HFTokenizer:
         if self.chat_template is None:
             raise InputError(
                 "the tokenizer's folder has no chat template (chat_template in "
-                "tokenizer_config.json, or chat_template.jinja), which chat data needs"
+                "tokenizer_config.json, or chat_template.jinja), which chat data needs: add "
+                "one, or set the tokenizer's chat_template to a file"
             )
         return self.chat_template
 
@@ -180,6 +188,24 @@ def load_tokenizer(node: Mapping[str, Any] | None, base_model: str | None) -> HF
             "{_component_: moe_builders.data.tokenizer.HFTokenizer, path: FOLDER}"
         )
     return HFTokenizer(base_model)
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return _default_template(config.get("chat_template"))
+
+
+def _given_template(template: str) -> str:
+    """A template's text has a jinja tag in it, a file's name has not."""
+    if "{{" in template or "{%" in template:
+        return template
+    if not Path(template).is_file():
+        raise InputError(
+            f"chat_template is {template!r}, which is neither a file nor a jinja template"
+        )
+    return Path(template).read_text(encoding="utf-8")
 
 
 def _default_template(template: str | list[dict[str, str]] | None) -> str | None:

@@ -17,8 +17,10 @@ gradient, whatever the input holds there (NaN included).
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_builders.errors import InputError
+from moe_builders.ops.rounded_mm import rounded_mm, rounded_weight_grad, takes_rounded
 
 BACKENDS = ("auto", "grouped", "loop")
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +36,8 @@ def grouped_mm(
         weight: [e, o, i], stored as ``nn.Linear`` stores it; any strides (a transposed view is
             not copied).
         num_tokens_per_expert: [e] int, rows of each expert; zeros are fine.
-        backend: "auto" (grouped where the kernel takes dtype and strides, else the loop),
-            "grouped" or "loop".
+        backend: "auto" (grouped where the kernel takes dtype and strides, else the loop; in half
+            precision on a CPU the loop of ``ops.rounded_mm``), "grouped" or "loop".
 
     Returns:
         [a, o]; exact zeros in the ignored rows.
@@ -61,10 +63,13 @@ def grouped_mm(
 @torch.library.custom_op("moe_builders::grouped_mm", mutates_args=())
 def _grouped_mm(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str) -> Tensor:
     offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e] end of each run
+    if backend == "auto" and takes_rounded(x):
+        return rounded_mm(x, weight, _runs(offsets))
     if _takes_grouped(backend, x, weight.transpose(1, 2)):
         y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [a, o]
-        dead = torch.arange(x.shape[0], device=x.device) >= offsets[-1]  # [a]
-        y = y.masked_fill_(dead[:, None], 0)  # a selection: the kernel leaves garbage there
+        if not y.is_cpu or offsets[-1] < y.shape[0]:  # a CPU may look; a GPU would wait for it
+            dead = torch.arange(x.shape[0], device=x.device) >= offsets[-1]  # [a]
+            y = y.masked_fill_(dead[:, None], 0)  # a selection: the kernel leaves garbage there
         return y.contiguous()  # CUDA pads odd rows to 16 bytes; the fake promises dense ones
     y = x.new_zeros(x.shape[0], weight.shape[1])  # [a, o]
     for expert, (start, end) in enumerate(_runs(offsets)):
@@ -82,6 +87,8 @@ def _grouped_mm_weight_grad(
     grad: Tensor, x: Tensor, num_tokens_per_expert: Tensor, backend: str
 ) -> Tensor:
     offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+    if backend == "auto" and takes_rounded(x):
+        return rounded_weight_grad(grad, x, _runs(offsets))
     if _takes_grouped(backend, grad.t(), x):
         return F.grouped_mm(grad.t(), x, offs=offsets).contiguous()  # [e, o, i]
     weight_grad = x.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])  # [e, o, i]
@@ -113,6 +120,17 @@ def _backward(ctx, grad: Tensor):
 
 
 _grouped_mm.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# torch's FlopCounterMode sees an operator from outside: dead rows are rows like others to it
+@register_flop_formula(torch.ops.moe_builders.grouped_mm)
+def _grouped_mm_flops(x_shape, weight_shape, *_, out_shape=None) -> int:
+    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
+
+
+@register_flop_formula(torch.ops.moe_builders.grouped_mm_weight_grad)
+def _weight_grad_flops(grad_shape, x_shape, *_, out_shape=None) -> int:
+    return 2 * x_shape[0] * grad_shape[1] * x_shape[1]
 
 
 def _runs(offsets: Tensor) -> list[tuple[int, int]]:

@@ -86,7 +86,7 @@ def _sum_slots(rows: Tensor, slot_of: Tensor, weights: Tensor | None) -> Tensor:
         part = rows.index_select(0, slots).to(wide)
         if weights is not None:
             part = part * weights.index_select(0, slots)[:, None].to(wide)
-        out = out + part
+        out += part
     return out.to(rows.dtype)
 
 

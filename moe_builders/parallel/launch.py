@@ -1,15 +1,36 @@
 """Run a recipe's main from the command line: a user's mistake is one sentence, not a traceback."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from moe_builders.errors import InputError
 
 
+@contextmanager
+def first_process_warns() -> Iterator[None]:
+    """Python warnings and log lines below an error pass on the first process alone, inside."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
 def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
     """Parse the command line, run, and turn an InputError into a sentence and exit code 2.
+
+    What libraries warn of, all processes would say: only the first one does.
 
     Args:
         main: the recipe.
@@ -27,7 +48,8 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
             sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
     try:
-        result = main(config)
+        with first_process_warns():
+            result = main(config)
     except KeyboardInterrupt:
         if rank == "0":
             sys.stderr.write("stopped at once by Ctrl-C: nothing was saved since the last save\n")
@@ -37,6 +59,11 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
         sys.stderr.write(f"{where}error: {_sentence(error)}\n")  # in one piece: others write too
         return 2
     return getattr(result, "exit_code", 0)
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Whether to write colours: to a terminal whose user has not set NO_COLOR."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _sentence(error: InputError) -> str:

@@ -19,9 +19,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_builders.errors import InputError
 from moe_builders.parallel.world import World
+from moe_builders.routing import ROUTER_MODULE
 
 _KINDS = (
-    ("router", re.compile(r"layers\.\d+\.(.+\.)?router")),
+    ("router", ROUTER_MODULE),
     ("experts", re.compile(r"layers\.\d+\.(.+\.)?experts")),
     ("layer", re.compile(r"layers\.\d+")),
 )
@@ -56,6 +57,18 @@ def sharding_plan(module_names: Iterable[str]) -> list[ShardGroup]:
     return [*groups, ShardGroup("", "root")]
 
 
+def needs_sharding(model: nn.Module, world: World, *, compute_dtype: torch.dtype) -> bool:
+    """Whether ``shard_model`` would change anything but the time a step takes.
+
+    On one process FSDP2 only copies every weight and gradient to where it computes and back (a
+    fifth of a step on a CPU, see benchmarks/README.md), unless that copy is what changes the
+    dtype: of weights stored wider than they compute, of routers in a model that computes in bf16.
+    """
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    casts = any(p.dtype != compute_dtype for p in model.parameters()) or compute_dtype != wide
+    return world.size > 1 or casts
+
+
 def shard_model(
     model: nn.Module, world: World, *, compute_dtype: torch.dtype, reshard_after_forward: bool
 ) -> None:
@@ -64,8 +77,8 @@ def shard_model(
     Args:
         model: its parameters become DTensors, sharded on dim 0.
         world: gives the mesh.
-        compute_dtype: of forward and backward; gradients are reduced in fp32 or wider, routers
-            compute in fp32 or wider.
+        compute_dtype: of forward and backward; gradients are added over processes in fp32 or wider,
+            routers compute in fp32 or wider.
         reshard_after_forward: free gathered layers between forward and backward.
     """
     wide = torch.promote_types(compute_dtype, torch.float32)
@@ -73,7 +86,10 @@ def shard_model(
         "router": MixedPrecisionPolicy(
             param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=True
         ),
-        "other": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide),
+        # one process has nothing to add up: its gradients need not be widened on their way
+        "other": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=wide if world.size > 1 else compute_dtype
+        ),
     }
     for group in sharding_plan(name for name, _ in model.named_modules()):
         module = model.get_submodule(group.module)

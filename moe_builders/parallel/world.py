@@ -49,11 +49,12 @@ class World:
         return value.to(self.device, non_blocking=True)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every process's plain value (a number, a word, a list), by rank, on every process."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
+        """What each process has, by rank; every process must call it, and all wait."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

@@ -1,4 +1,4 @@
-"""torch.compile for a decoder, layer by layer."""
+"""torch.compile for a decoder, layer by layer, and what it needs."""
 
 from torch import nn
 
@@ -11,6 +11,21 @@ def compile_layers(layers: nn.ModuleList) -> None:
     Raises:
         InputError: inductor finds no C++ compiler.
     """
+    require_cpp_compiler("compile=true", "set compile=false")
+    for layer in layers:
+        layer.compile()
+
+
+def require_cpp_compiler(who: str, otherwise: str) -> None:
+    """Stop before torch.compile does, whose own message has many lines.
+
+    Args:
+        who: needs the compiler, as the message says.
+        otherwise: what else to do than to install one.
+
+    Raises:
+        InputError: inductor finds no C++ compiler.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler  # heavy: only when asked for
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -18,8 +33,6 @@ def compile_layers(layers: nn.ModuleList) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise InputError(
-            "compile=true needs a C++ compiler and found none: install one (Debian: apt-get "
-            "install g++) or set compile=false"
+            f"{who} needs a C++ compiler and found none: install one (Debian: apt-get install "
+            f"g++) or {otherwise}"
         ) from error
-    for layer in layers:
-        layer.compile()

@@ -32,10 +32,23 @@ class RouterLossConfig:
 
 
 @dataclass
+class ProfilerConfig:
+    """torch's profiler on some steps of a run."""
+
+    enabled: bool = False
+    wait_steps: int = at_least(0, default=2)  # left alone at first
+    warmup_steps: int = at_least(0, default=1)  # profiled and thrown away
+    active_steps: int = at_least(1, default=3)  # profiled
+    record_shapes: bool = False
+    with_stack: bool = False
+    profile_memory: bool = False
+
+
+@dataclass
 class RecipeConfig:
     """Configuration of ``moe_full_finetune``; names as in torchtune where it has the key."""
 
-    output_dir: str = MISSING  # torchtune_config.yaml, logs/ and model/ are written here
+    output_dir: str = MISSING  # everything a run writes
     base_model: str | None = None  # HF folder, or a folder that a run saved under our own names
     model: Any = None  # component; null: what base_model's config.json says
     # of a model without base_model; null: as its modules drew it
@@ -46,7 +59,11 @@ class RecipeConfig:
     dataset_val: Any = None  # component, or a list of them
     max_seq_len: int = at_least(1, default=2048)  # tokens; longest row
     shuffle: bool = True
+    shuffle_window: int = at_least(1, default=1024)  # documents of a stream shuffled together
     num_workers: int = at_least(0, default=0)  # processes that prepare batches ahead
+    prefetch_factor: int = at_least(1, default=2)  # batches that each of them keeps ready
+    # samples longer than max_seq_len
+    long_samples: str = one_of("truncate", "split", "refuse")
     pad_to_multiple_of: int = at_least(1, default=1)  # tokens; rows not packed are rounded up
 
     batch_size: int = at_least(1, default=1)  # rows of a micro-batch on one process
@@ -55,7 +72,13 @@ class RecipeConfig:
     max_steps: int | None = at_least(1, default=None)  # optimizer steps in all; null: epochs
     seed: int = at_least(0, default=0)
 
-    optimizer: Any = MISSING  # component; gets the parameters
+    optimizer: Any = MISSING  # component; gets the parameters in groups
+    # {match: regex of parameter names, argument of the optimizer: value, ...}; the first wins
+    param_groups: list[Any] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)  # regexes of names that do not learn
+    freeze_router: bool = False
+    optimizer_in_bwd: bool = False  # step each parameter in backward, free its gradient
+    offload_optimizer: bool = False  # optimizer states in the host's memory; GPU only
     lr_scheduler: Any = None  # component; gets the optimizer and num_training_steps
     clip_grad_norm: float | None = above(0, default=1.0)  # null: no clipping
     router_losses: RouterLossConfig = field(default_factory=RouterLossConfig)
@@ -67,10 +90,24 @@ class RecipeConfig:
     dp_shard: int = -1  # processes that share one copy; -1: all that remain
     reshard_after_forward: bool = True  # free gathered layers between forward and backward
     enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False  # what is kept of them on the host; GPU only
     compile: bool = False  # torch.compile each layer; needs a C++ compiler
+
+    checkpoint_every_n_steps: int | None = at_least(1, default=None)  # null: at a signal only
+    keep_last: int | None = at_least(1, default=2)  # checkpoints; null: all
+    resume: str = "auto"  # auto: from the newest checkpoint | never | a checkpoint's folder
+    # validations without a better loss after which the run ends; null: never
+    early_stop_patience: int | None = at_least(1, default=None)
+    early_stop_min_delta: float = at_least(0, default=0.0)  # nats by which better is better
+    deterministic: bool = False  # refuse what depends on the order of threads
 
     metric_logger: Any = None  # component, or a list of them; null: a file under output_dir/logs
     log_every_n_steps: int = at_least(1, default=1)
+    log_layers: bool = False  # each layer's max_violation, dead experts and entropy too
+    plots: bool = False  # PNG files of expert load and curves; needs matplotlib
+    # dense TFLOP/s of one device, for MFU; null: a known GPU's, where it computes in bf16
+    peak_tflops: float | None = above(0, default=None)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     # null: before the first and after the last step
     run_val_every_n_steps: int | None = at_least(1, default=None)
 
@@ -177,7 +214,8 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
         ) from error
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        known = schema.__dataclass_fields__ | RouterLossConfig.__dataclass_fields__
+        nested = RouterLossConfig.__dataclass_fields__ | ProfilerConfig.__dataclass_fields__
+        known = schema.__dataclass_fields__ | nested
         near = did_you_mean(key.rpartition(".")[2], known)
         raise InputError(f"unknown key {key!r} in the config{near}") from error
     except OmegaConfBaseException as error:
@@ -196,6 +234,22 @@ def _check_together(config: RecipeConfig) -> None:
     if losses.global_exact and losses.load_balancing_scope != "global":
         raise InputError(
             "router_losses.global_exact goes with router_losses.load_balancing_scope=global"
+        )
+    if config.optimizer_in_bwd and config.gradient_accumulation_steps > 1:
+        raise InputError(
+            "optimizer_in_bwd frees each gradient as it comes, so "
+            f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be 1: "
+            "raise batch_size instead"
+        )
+    if config.optimizer_in_bwd and config.clip_grad_norm is not None:
+        raise InputError(
+            "optimizer_in_bwd steps before the gradients' norm is known, so clip_grad_norm is "
+            f"{config.clip_grad_norm}, but must be null: set clip_grad_norm=null"
+        )
+    if config.enable_activation_offloading and not config.enable_activation_checkpointing:
+        raise InputError(
+            "enable_activation_offloading moves what activation checkpointing keeps: set "
+            "enable_activation_checkpointing=true too"
         )
 
 

@@ -1,18 +1,37 @@
-"""What a run shows: progress bar and loggers, one step late, so that no step waits for them."""
+"""What a run shows: progress bar, loggers, files and plots, one step late, so that no step waits.
+
+Letters: l layers with experts · e num_experts.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torchtune.training.metric_logging import DiskLogger, MetricLoggerInterface
+from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from moe_builders.errors import InputError
-from moe_builders.instantiate import first_line, instantiate
+from moe_builders.metrics import layer_metrics, load_metrics
+from moe_builders.training.finite_watch import Watched, first_bad, where_it_began
+from moe_builders.training.run_files import MetricsFile
 
 Values = Mapping[str, Tensor | float | int]
+Lines = list[dict[str, float]]
+
+
+class Pictures(Protocol):
+    """What draws a run; see ``training.plots``."""
+
+    def draw_load(self, step: int, loads: Mapping[str, Tensor], layers: Sequence[str]) -> None:
+        """loads: title -> counts [l, e]; layers: l names."""
+        ...
+
+    def draw_curves(self, history: Lines, validations: Lines) -> None:
+        """Lines: values by name, with their "step"."""
+        ...
 
 
 class Reporter:
@@ -21,27 +40,77 @@ class Reporter:
     A step's tensors start their way to the host when they are handed in; by the time they are
     read, with the next step queued, they have arrived and nothing waits.
 
+    Every process has one and keeps the history; loggers, files and pictures are the first's.
+
     Args:
         loggers: torchtune metric loggers; none on processes other than the first.
         total: steps in the run, for the bar.
         every: log every so many steps.
         show: draw the progress bar.
+        history, validations: lines of the run that is resumed.
+        layers: l names of layers with experts.
+        log_layers: each layer's values go to the loggers, not just the worst one's.
+        metrics: file that gets every step and validation.
+        pictures: drawn at each validation and at the end.
+        gather: gives what each process has, by rank; asked when a run has diverged.
+
+    Attributes:
+        history, validations: values of every step and validation.
+        asked_to_stop: whether any process was asked to stop when the last step that was written
+            began; the same on all processes, as each writes the same steps.
     """
 
     def __init__(
-        self, loggers: list[MetricLoggerInterface], *, total: int, every: int, show: bool
+        self,
+        loggers: list[MetricLoggerInterface],
+        *,
+        total: int,
+        every: int,
+        show: bool,
+        history: Sequence[dict[str, float]] = (),
+        validations: Sequence[dict[str, float]] = (),
+        layers: Sequence[str] = (),
+        log_layers: bool = False,
+        metrics: MetricsFile | None = None,
+        pictures: Pictures | None = None,
+        gather: Callable[[Any], list[Any]] = lambda found: [found],
     ) -> None:
         self.loggers, self.every = loggers, every
-        self.bar = tqdm(total=total, disable=not show, unit="step", dynamic_ncols=True)
-        self.history: list[dict[str, float]] = []
-        self._waiting: tuple[int, dict[str, float], _OnTheWay] | None = None
+        self.layers, self.log_layers = layers, log_layers
+        self.metrics, self.pictures, self.gather = metrics, pictures, gather
+        self.history, self.validations = list(history), list(validations)
+        self.asked_to_stop = False
+        self.bar = tqdm(
+            total=total, initial=len(history), disable=not show, unit="step", dynamic_ncols=True
+        )
+        self._waiting: tuple[int, dict[str, float], _OnTheWay, Watched | None] | None = None
+        self._load: Tensor | None = None  # [l, e] of the steps since the last validation
 
-    def step(self, number: int, values: Values) -> None:
-        """Hand in a step's values; the previous step's are written."""
+    def step(
+        self,
+        number: int,
+        values: Values,
+        *,
+        load: Tensor | None = None,
+        watched: Watched | None = None,
+    ) -> None:
+        """Hand in a step's values; the previous step's are written.
+
+        Args:
+            number: of the step.
+            values: numbers, or scalar tensors on any device.
+            load: [l, e] assignments of the step over all processes.
+            watched: what this process saw of the step.
+
+        Raises:
+            InputError: the previous step has diverged.
+        """
         self.flush()
         tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
         plain = {name: float(v) for name, v in values.items() if not isinstance(v, Tensor)}
-        self._waiting = (number, plain, _OnTheWay(tensors))
+        tensors |= {} if load is None else {"load": load}
+        tensors |= {} if watched is None else {"watched": watched.sums}
+        self._waiting = (number, plain, _OnTheWay(tensors), watched)
         self.bar.update()
 
     def flush(self) -> None:
@@ -50,29 +119,89 @@ class Reporter:
         Raises:
             InputError: the step's loss or gradient norm is not a finite number.
         """
-        written = self._write()
+        written, where = self._write()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(written.get(name, 0.0)):
+                found = self.gather(where)  # these values are the same on all: so all ask
+                began = where_it_began(found)
                 raise InputError(
-                    f"{name} is {written[name]} at step {written['step']:.0f}: training has "
-                    "diverged and nothing is saved; lower the learning rate, or look at the data "
-                    "of that step"
+                    f"{name} is {written[name]} at step {written['step']:.0f}"
+                    f"{f', first {began}' if began else ''}: training has diverged and nothing is "
+                    "saved; lower the learning rate, or look at the data of that step"
                 )
 
-    def _write(self) -> dict[str, float]:
+    def _write(self) -> tuple[dict[str, float], tuple[int, str] | None]:
         if self._waiting is None:
-            return {}
-        number, plain, arriving = self._waiting
+            return {}, None
+        number, plain, arriving, watched = self._waiting
         self._waiting = None
-        plain = {"step": number} | plain | arriving.values()
+        arrived = arriving.values()
+        load, sums = arrived.pop("load", None), arrived.pop("watched", None)
+        plain = {"step": number} | plain | {name: v.item() for name, v in arrived.items()}
+        self.asked_to_stop = plain.pop("stop", 0) > 0
+        extra: dict[str, float] = {}
+        if load is not None:
+            self._load = load if self._load is None else self._load + load
+            plain |= {name: float(v) for name, v in load_metrics(load).items()}
+            extra = self._by_layer(load, "")
         self.history.append(plain)
-        shown = ("loss", "balance", "tokens_per_second")
+        shown = ("loss", "balance", "tokens_per_second", "mfu")
         self.bar.set_postfix_str(
             " ".join(f"{name}={plain[name]:.4g}" for name in shown if name in plain)
         )
+        if self.metrics is not None:
+            self.metrics.append({"step": number} | plain)
         if number % self.every == 0:
-            self.log({k: v for k, v in plain.items() if k != "step"}, number)
-        return plain
+            self.log({k: v for k, v in plain.items() if k != "step"} | extra, number)
+        bad = None if watched is None or sums is None else first_bad(watched.places, sums.tolist())
+        return plain, bad
+
+    def has_validated(self, number: int) -> bool:
+        """Whether the last validation followed step ``number``."""
+        return bool(self.validations) and self.validations[-1]["step"] == number
+
+    def validated(self, number: int, values: Mapping[str, float], load: Tensor) -> None:
+        """Show and keep a validation, and draw the load since the one before.
+
+        Args:
+            number: of the step it follows.
+            values: of the validation set.
+            load: [l, e] assignments of the validation set over all processes.
+
+        Raises:
+            InputError: the step before it has diverged.
+        """
+        self.flush()
+        load, train = load.cpu(), self._load
+        values = dict(values) | {f"val_{k}": float(v) for k, v in load_metrics(load).items()}
+        self.validations.append({"step": number} | values)
+        self.log(values | self._by_layer(load, "val_"), number)
+        self.say(f"step {number}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        loads = {"validation set": load} if train is None else {
+            "training since the last validation": train, "validation set": load}  # fmt: skip
+        if self.metrics is not None:
+            tables = {"val_load": load} | ({} if train is None else {"load": train})
+            lists = {name: table.long().tolist() for name, table in tables.items()}
+            for name, table in tables.items():
+                measures = layer_metrics(table).items()
+                lists |= {f"{name.removesuffix('load')}layers_{k}": v for k, v in measures}
+            line = {"step": number, "kind": "validation"}
+            self.metrics.append(line | values | lists)
+        self._draw(number, loads)
+
+    def _draw(self, number: int, loads: Mapping[str, Tensor]) -> None:
+        self._load = None
+        if self.pictures is not None:
+            if loads:
+                self.pictures.draw_load(number, loads, self.layers)
+            self.pictures.draw_curves(self.history, self.validations)
+
+    def _by_layer(self, load: Tensor, prefix: str) -> dict[str, float]:
+        return {
+            f"{layer}/{prefix}{measure}": float(value)
+            for measure, values in (layer_metrics(load) if self.log_layers else {}).items()
+            for layer, value in zip(self.layers, values, strict=True)
+        }
 
     def log(self, values: Mapping[str, Any], number: int) -> None:
         """Write values to every logger at once."""
@@ -80,55 +209,56 @@ class Reporter:
             for logger in self.loggers:
                 logger.log_dict(values, number)
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if not self.bar.disable:
-            self.bar.write(text)
+    def say(self, *lines: str) -> None:
+        """Print lines above the bar."""
+        for line in lines if not self.bar.disable else ():
+            self.bar.write(line)
 
     def close(self) -> None:
         """Write what is waiting, whatever it is; close bar and loggers."""
         self._write()
+        if self.history:
+            left = self._load  # of steps that no validation followed
+            loads = {} if left is None else {"training since the last validation": left}
+            self._draw(int(self.history[-1]["step"]), loads)
         self.bar.close()
         for logger in self.loggers:
             logger.close()
 
 
 class _OnTheWay:
-    """Scalars copied from the device without waiting for it."""
+    """Tensors copied from the device, all in one piece, without waiting for it."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.names = list(tensors)
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.arrived = None
         self.numbers = torch.zeros(0, dtype=torch.float64)
         if tensors:
-            stacked = torch.stack([tensor.detach().double() for tensor in tensors.values()])
-            self.numbers = stacked.to("cpu", non_blocking=True)
-            if stacked.is_cuda:
+            flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
+            self.numbers = flat.to("cpu", non_blocking=True)
+            if flat.is_cuda:
                 self.arrived = torch.cuda.Event()
                 self.arrived.record()
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, Tensor]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return dict(zip(self.names, self.numbers.tolist(), strict=True))
+        parts = self.numbers.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
 
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Most memory in use on a GPU so far; None on the CPU, where nobody counts it."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Most memory in use so far [GiB], of this process.
 
+    On a GPU what tensors took there (``peak_memory_gib``); on the CPU, where nobody counts tensors,
+    the process's resident memory, libraries included (``peak_rss_gib``).
+    """
+    if device.type == "cuda":
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    import resource  # not on every platform: only where it is asked
 
-def build_loggers(node: Any, *, output_dir: str) -> list[MetricLoggerInterface]:
-    """The loggers of a config; without any, a new text file under ``output_dir/logs``."""
-    if node is None:
-        return [DiskLogger(log_dir=f"{output_dir}/logs")]
-    nodes = node if isinstance(node, list) else [node]
-    try:
-        return [
-            instantiate(n, path="metric_logger" if len(nodes) == 1 else f"metric_logger[{i}]")
-            for i, n in enumerate(nodes)
-        ]
-    except ImportError as error:
-        raise InputError(
-            f"metric_logger needs what is not installed: {first_line(error)}"
-        ) from error
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

@@ -24,9 +24,21 @@ class StopRequest:
     at: float = 0.0
 
     @property
+    def asked(self) -> bool:
+        """Whether a signal came to this process."""
+        return self.signal != 0
+
+    @property
     def name(self) -> str:
-        """As people call it."""
+        """The signal as people call it."""
+        if not self.asked:
+            return "a signal to another process"
         return "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells count; SIGTERM's where another process got it."""
+        return 128 + (self.signal or signal.SIGTERM)
 
 
 @contextmanager
@@ -56,6 +68,11 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps (None: never) happens at this one."""
+    return every is not None and step % every == 0
 
 
 def should_stop_early(losses: Sequence[float], *, patience: int | None, min_delta: float) -> bool:

@@ -9,8 +9,10 @@ from moe_builders.checkpoint.run_checkpoints import RunCheckpoints
 from moe_builders.checkpoint.training_state import TrainingState
 from moe_builders.errors import InputError
 from moe_builders.families.qwen3_moe import qwen3_moe_tiny
+from moe_builders.parallel.grad_norm import GradNorm
 from moe_builders.parallel.sharding import shard_model
 from moe_builders.parallel.world import open_world
+from moe_builders.training.stepping import Stepper
 
 TOKENS = torch.arange(24).view(2, 12) % 64
 OPTIMIZERS = {
@@ -43,7 +45,7 @@ def _run(world, make, *, seed=0, layers=1):
     randomise(model, seed=seed)
     shard_model(model, world, compute_dtype=torch.float32, reshard_after_forward=True)
     optimizer = make(list(model.parameters()))
-    return model, optimizer, TrainingState(model, optimizer)
+    return model, optimizer, TrainingState(model, Stepper(optimizer, GradNorm()))
 
 
 def _train(model, optimizer, steps):
@@ -125,7 +127,7 @@ def test_what_does_not_fit_is_named(world, tmp_path):
         _restore(_run(world, OPTIMIZERS["sgd"])[2], checkpoint)
     wider = qwen3_moe_tiny(vocab_size=80)
     shard_model(wider, world, compute_dtype=torch.float32, reshard_after_forward=True)
-    other = TrainingState(wider, torch.optim.AdamW(wider.parameters()))
+    other = TrainingState(wider, Stepper(torch.optim.AdamW(wider.parameters()), GradNorm()))
     with pytest.raises(InputError, match=r"model.output.weight is float32 \[80, 64\], was float32 "
                        r"\[64, 64\]"):  # fmt: skip
         _restore(other, checkpoint)

@@ -146,3 +146,11 @@ def test_moving_keeps_everything(packed):
         else:
             assert there == here
     assert batch.info.sequence_ids.shape == batch.info.input_ids.shape == (4,)
+
+
+def test_what_was_cut_is_counted_over_all_rows():
+    row = {"tokens": [1], "labels": [2], "lengths": [1]}
+    batch = collate([row | {"cut": 1, "lost": 4}, None, row, row | {"cut": 2, "lost": 3}], pad_id=0)
+    assert (batch.num_cut, batch.num_lost) == (3, 7)
+    moved = batch.to(torch.device("cpu"))
+    assert (moved.num_cut, moved.num_lost, moved.packed) == (3, 7, False)

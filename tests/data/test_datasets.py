@@ -4,7 +4,7 @@ import pytest
 from helpers_data import CHATML, chat_node, text_node, write_jsonl, write_tokenizer
 
 from moe_builders.data.datasets import build_dataset
-from moe_builders.data.packing import PackedDataset, ShiftedDataset
+from moe_builders.data.rows import PackedDataset, ShiftedDataset
 from moe_builders.data.tokenizer import HFTokenizer
 from moe_builders.errors import InputError
 
@@ -37,11 +37,11 @@ def test_text_is_cut_unless_it_is_split_across_rows(tokenizer, texts):
     assert max(map(len, whole)) > 20
     rows = build_dataset(text_node(texts), tokenizer, max_seq_len=20)
     assert isinstance(rows, ShiftedDataset)
-    assert tokens_of(rows) == [tokens[:19] for tokens in whole], "as torchtune cuts"
+    assert tokens_of(rows) == [tokens[:20] for tokens in whole], "and not at 19, as torchtune does"
     kept = build_dataset(text_node(texts, packed=True, split_across_pack=False), tokenizer,
                          max_seq_len=20)  # fmt: skip
     assert isinstance(kept, PackedDataset)
-    assert [t for row in tokens_of(kept) for t in row] == [t for d in whole for t in d[:19]]
+    assert [t for row in tokens_of(kept) for t in row] == [t for d in whole for t in d[:20]]
     split = build_dataset(text_node(texts, packed=True, split_across_pack=True), tokenizer,
                           max_seq_len=20)  # fmt: skip
     assert [t for row in tokens_of(split) for t in row] == [t for d in whole for t in d]
@@ -65,6 +65,16 @@ def test_a_second_data_set_does_not_change_the_first(tokenizer, texts):
     build_dataset(text_node(texts), tokenizer, max_seq_len=5)
     assert tokens_of(first) == before
     assert tokenizer.max_seq_len is None
+
+
+def test_a_smaller_limit_of_the_tokenizer_is_not_dropped_silently(tokenizer, texts):
+    """torchtune's configs have it there."""
+    own = HFTokenizer.__new__(HFTokenizer)
+    own.__dict__ = dict(tokenizer.__dict__) | {"max_seq_len": 10}
+    with pytest.raises(InputError, match=r"tokenizer.max_seq_len is 10, but samples are cut at ma"):
+        build_dataset(text_node(texts), own, max_seq_len=20)
+    assert len(build_dataset(text_node(texts), own, max_seq_len=10)[0]["tokens"]) == 10
+    assert own.max_seq_len == 10
 
 
 def test_a_list_is_one_after_the_other(tokenizer, texts, chats):

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from test_packing import Documents
 from torch._utils import ExceptionWrapper
 
-from moe_builders.data.loader import StepSampler, make_loader, training_steps
-from moe_builders.data.packing import PackedDataset, ShiftedDataset
+from moe_builders.data.loader import Batching, SizedLoader
+from moe_builders.data.rows import PackedDataset, ShiftedDataset
+from moe_builders.data.sampler import StepSampler
 from moe_builders.errors import InputError
 from moe_builders.parallel.launch import launch
 
@@ -93,11 +94,9 @@ def test_sizes_that_make_no_step(options, message):
         StepSampler(**sizes)
 
 
-def loader_of(dataset, *, num_workers=0, multiple=1, **sizes):
-    sizes = {"num_samples": len(dataset), "batch_size": 2, "rank": 0, "size": 1} | sizes
-    sampler = StepSampler(**sizes)
-    return make_loader(dataset, sampler, pad_id=0, max_seq_len=8, num_workers=num_workers,
-                       pad_to_multiple_of=multiple), sampler  # fmt: skip
+def loader_of(dataset, *, seed=0, shuffle=True, validation=False, **changes):
+    batching = Batching(**({"batch_size": 2, "max_seq_len": 8, "pad_id": 0} | changes))
+    return SizedLoader(dataset, batching, seed=seed, shuffle=shuffle, validation=validation)
 
 
 LENGTHS = [3, 1, 8, 5, 2, 7, 4, 6, 2, 2, 5]
@@ -109,8 +108,8 @@ def test_workers_change_nothing(packed):
     dataset = kind(Documents(LENGTHS), max_seq_len=8)
     found = []
     for num_workers in (0, 2):
-        loader, sampler = loader_of(dataset, num_workers=num_workers, accumulation=2)
-        found.append([b for step in training_steps(loader, sampler, epochs=2) for b in step])
+        loader = loader_of(dataset, num_workers=num_workers, accumulation=2)
+        found.append([b for step in loader.steps(epochs=2) for b in step])
     assert len(found[0]) == len(found[1]) == 2 * 2 * (len(dataset) // 4)
     for alone, helped in zip(*found, strict=True):
         for name in ("tokens", "labels", "positions", "sequence_ids", "mask"):
@@ -119,8 +118,8 @@ def test_workers_change_nothing(packed):
 
 
 def test_steps_are_whole_and_epochs_differ():
-    loader, sampler = loader_of(ShiftedDataset(Documents(LENGTHS), max_seq_len=8), accumulation=2)
-    steps = list(training_steps(loader, sampler, epochs=3))
+    loader = loader_of(ShiftedDataset(Documents(LENGTHS), max_seq_len=8), accumulation=2)
+    steps = list(loader.steps(epochs=3))
     assert [len(step) for step in steps] == [2] * 6, "11 samples are 2 steps of 4"
     firsts = [[tuple(b.tokens[:, 0].tolist()) for b in steps[at]] for at in (0, 2, 4)]
     assert len({tuple(first) for first in firsts}) == 3
@@ -128,12 +127,12 @@ def test_steps_are_whole_and_epochs_differ():
 
 def test_shapes():
     shifted = ShiftedDataset(Documents(LENGTHS), max_seq_len=8)
-    widths = {b.tokens.shape[1] for b in loader_of(shifted, shuffle=False)[0]}
+    widths = {b.tokens.shape[1] for b in loader_of(shifted, shuffle=False)}
     assert widths == {3, 8, 7, 6, 2}, "each as long as its longest"
-    widths = {b.tokens.shape[1] for b in loader_of(shifted, shuffle=False, multiple=3)[0]}
+    widths = {b.tokens.shape[1] for b in loader_of(shifted, shuffle=False, pad_to_multiple_of=3)}
     assert widths == {3, 6, 8}, "rounded up, but not beyond max_seq_len"
     packed = PackedDataset(Documents(LENGTHS), max_seq_len=8)
-    batches = list(loader_of(packed, keep_last=True)[0])
+    batches = list(loader_of(packed, validation=True))
     assert {b.tokens.shape for b in batches} == {(2, 8)}
     assert sum(b.num_real for b in batches) == sum(LENGTHS)
 
@@ -141,7 +140,7 @@ def test_shapes():
 def test_a_rank_that_has_run_out_gets_padding():
     dataset = ShiftedDataset(Documents([3, 3, 3]), max_seq_len=8)
     for rank, real in ((0, [3, 3]), (1, [3, 0])):
-        loader, _ = loader_of(dataset, batch_size=1, rank=rank, size=2, keep_last=True)
+        loader = loader_of(dataset, batch_size=1, rank=rank, size=2, validation=True)
         assert [b.num_real for b in loader] == real
 
 
@@ -150,7 +149,7 @@ def test_a_sample_that_a_worker_cannot_use_is_one_sentence(capsys):
 
     (No worker here: after an error torch waits five seconds for it.)
     """
-    dataset = ShiftedDataset(Documents([3, 9, 3]), max_seq_len=8)
+    dataset = ShiftedDataset(Documents([3, 9, 3]), max_seq_len=8, long_samples="refuse")
 
     def main(_):
         try:
@@ -161,6 +160,6 @@ def test_a_sample_that_a_worker_cannot_use_is_one_sentence(capsys):
 
     assert launch(main, lambda: None) == 2
     assert capsys.readouterr().err == (
-        "error: dataset: sample 1 has 9 tokens, but max_seq_len is 8: raise max_seq_len, or cut "
-        "the sample\n"
+        "error: dataset: sample 1 has 9 tokens, but max_seq_len is 8: raise max_seq_len, or set "
+        "long_samples to truncate or split\n"
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_builders.data.batch import collate
-from moe_builders.data.packing import PackedDataset, ShiftedDataset
+from moe_builders.data.rows import PackedDataset, ShiftedDataset
 from moe_builders.errors import InputError
 from moe_builders.losses import IGNORE_INDEX as NONE
 
@@ -106,27 +106,89 @@ def test_masked_labels_stay_masked():
     assert rows_of(packed) == [([0, 1, 2, 3, 4, 5], [NONE, 2, NONE, NONE, NONE, NONE], [3, 3])]
 
 
-def test_a_document_that_may_not_be_split():
-    documents = Documents([3, 9])
-    with pytest.raises(InputError, match=r"dataset: sample 1 has 9 tokens, but a row holds 8: "):
-        PackedDataset(documents, max_seq_len=8, split_across_pack=False)
-    assert len(PackedDataset(documents, max_seq_len=8, split_across_pack=True)) == 2
-    assert len(PackedDataset(Documents([8, 8]), max_seq_len=8, split_across_pack=False)) == 2
+def test_what_happens_to_a_document_longer_than_a_row_by_hand():
+    """Cut: it ends there. Split: each part predicts the next one's first token."""
+    documents = Documents([2, 7, 1])
+    whole = {"max_seq_len": 3, "split_across_pack": False}
+    truncated = PackedDataset(documents, long_samples="truncate", **whole)
+    assert rows_of(truncated) == [
+        ([0, 1], [1, NONE], [2]), ([2, 3, 4], [3, 4, NONE], [3]), ([9], [NONE], [1]),
+    ]  # fmt: skip
+    assert truncated.cut == (1, 4)
+    split = PackedDataset(documents, long_samples="split", **whole)
+    assert rows_of(split) == [
+        ([0, 1], [1, NONE], [2]), ([2, 3, 4], [3, 4, 5], [3]), ([5, 6, 7], [6, 7, 8], [3]),
+        ([8, 9], [NONE, NONE], [1, 1]),
+    ]  # fmt: skip
+    assert split.cut == (1, 0)
+    alone = ShiftedDataset(documents, max_seq_len=3, long_samples="split")
+    assert [alone[i]["tokens"] for i in range(len(alone))] == [
+        [0, 1], [2, 3, 4], [5, 6, 7], [8], [9],
+    ]  # fmt: skip
+    assert alone[2]["labels"] == [6, 7, 8]
+    assert alone.cut == (1, 0)
+    short = ShiftedDataset(documents, max_seq_len=3)
+    assert [(short[i]["tokens"], short[i]["cut"], short[i]["lost"]) for i in range(3)] == [
+        ([0, 1], 0, 0), ([2, 3, 4], 1, 4), ([9], 0, 0),
+    ]  # fmt: skip
+    assert short[1]["labels"] == [3, 4, NONE]
+    assert short.cut is None, "nobody has looked"
+
+
+def test_split_across_pack_cuts_nothing_whatever_long_samples_says():
+    for long_samples in ("truncate", "split"):
+        packed = PackedDataset(Documents([2, 7]), max_seq_len=4, long_samples=long_samples)
+        assert [t for tokens, _, _ in rows_of(packed) for t in tokens] == list(range(9))
+        assert packed.cut == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [PackedDataset, ShiftedDataset])
+def test_longer_samples_can_be_refused(kind):
+    def read(lengths):
+        dataset = kind(Documents(lengths), max_seq_len=8, long_samples="refuse", path="dataset_val")
+        return [dataset[i] for i in range(len(dataset))]
+
+    read([8, 8])
+    with pytest.raises(InputError, match=(
+        r"^dataset_val: sample 1 has 9 tokens, but max_seq_len is 8: raise max_seq_len, or set "
+        r"long_samples to truncate or split$"
+    )):  # fmt: skip
+        read([3, 9])
+
+
+@quick
+@given(lengths=lengths_of_documents, size=row_lengths)
+def test_split_documents_keep_every_token_and_label(lengths, size):
+    """Packed without filling up, and unpacked: the same tokens, labels, and count of long ones."""
+    packed = PackedDataset(
+        Documents(lengths), max_seq_len=size, split_across_pack=False, long_samples="split"
+    )
+    alone = ShiftedDataset(Documents(lengths), max_seq_len=size, long_samples="split")
+    parts = [-(-n // size) for n in lengths]
+    assert len(alone) == sum(max(p, 1) for p in parts)
+    assert [t for tokens, _, _ in rows_of(packed) for t in tokens] == list(range(sum(lengths)))
+    assert [label for _, labels, _ in rows_of(packed) for label in labels] == [
+        label for i in range(len(alone)) for label in alone[i]["labels"]
+    ]
+    assert [n for _, _, row in rows_of(packed) for n in row] == [
+        min(size, n - at) for n in lengths for at in range(0, n, size)
+    ]
+    assert all(sum(row) <= size for _, _, row in rows_of(packed))
+    assert packed.cut == alone.cut == (sum(p > 1 for p in parts), 0)
 
 
 def test_nothing_but_empty_documents():
     assert len(PackedDataset(Documents([0, 0]), max_seq_len=4)) == 0
-    assert ShiftedDataset(Documents([0]), max_seq_len=4)[0] == {
-        "tokens": [], "labels": [], "lengths": [0],
-    }  # fmt: skip
+    empty = ShiftedDataset(Documents([0]), max_seq_len=4)[0]
+    assert empty == {"tokens": [], "labels": [], "lengths": [0], "cut": 0, "lost": 0}
 
 
 def test_one_document_a_sample():
-    shifted = ShiftedDataset(Documents([3, 5], unlabelled={1}), max_seq_len=4, path="dataset_val")
+    shifted = ShiftedDataset(Documents([3, 5], unlabelled={1}), max_seq_len=8)
     assert len(shifted) == 2
-    assert shifted[0] == {"tokens": [0, 1, 2], "labels": [NONE, 2, NONE], "lengths": [3]}
-    with pytest.raises(InputError, match="dataset_val: sample 1 has 5 tokens, but max_seq_len is"):
-        shifted[1]
+    assert shifted[0] == {
+        "tokens": [0, 1, 2], "labels": [NONE, 2, NONE], "lengths": [3], "cut": 0, "lost": 0,
+    }  # fmt: skip
 
 
 class Broken(Documents):

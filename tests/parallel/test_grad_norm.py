@@ -114,3 +114,26 @@ def test_sharded_gradients_on_one_process():
         clip_gradients(mixed, norm, 0.1)
         clip_gradients(wanted, norm, 0.1)
         assert torch.equal(mixed[1].grad.to_local(), wanted[0].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-3, 1.0, 1e15, 1e30])
+def test_matrices_of_a_cpu_keep_their_norm_at_any_scale(dtype, scale):
+    """Their rows are added in fp32, which cannot square the smallest and largest of them."""
+    stream = torch.Generator().manual_seed(2)
+    matrices = [torch.randn(s, generator=stream) * scale for s in ((300, 700), (4, 30, 50))]
+    found = parameters(*(matrix.to(dtype) for matrix in matrices))
+    wanted = torch.stack([p.grad.double().square().sum() for p in found]).sum().sqrt()
+    torch.testing.assert_close(global_grad_norm(found), wanted, rtol=1e-7, atol=0)
+
+
+def test_a_matrix_of_zeros_has_no_norm():
+    assert float(global_grad_norm(parameters(torch.zeros(3, 4)))) == 0
+
+
+def test_a_matrix_that_is_not_finite_shows_in_the_norm():
+    for value in (math.inf, math.nan):
+        matrix = torch.ones(3, 4)
+        matrix[1, 2] = value
+        norm = float(global_grad_norm(parameters(matrix)))
+        assert norm == value or (math.isnan(value) and math.isnan(norm))

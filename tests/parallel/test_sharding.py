@@ -1,5 +1,8 @@
 """What is gathered together, as data; on one process, and as four would hold it."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,9 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moe_builders.errors import InputError
 from moe_builders.families.qwen3_moe import qwen3_moe_tiny
 from moe_builders.moe import collect_routing
+from moe_builders.parallel import sharding
 from moe_builders.parallel.sharding import (
     ShardGroup,
     local_shard,
+    needs_sharding,
     raise_together,
     shard_model,
     sharding_plan,
@@ -99,6 +104,60 @@ def test_routers_compute_in_fp32_whatever_the_rest_does(world):
         torch.testing.assert_close(routing.logits.detach(), x.float() @ gate.T, rtol=0, atol=1e-5)
     out.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def needed(world, *, stored, computed):
+    model = qwen3_moe_tiny(vocab_size=64).to(stored)
+    return needs_sharding(model, world, compute_dtype=computed)
+
+
+def test_one_process_shards_only_what_must_be_cast(world):
+    wide, half = torch.float32, torch.bfloat16
+    assert not needed(world, stored=wide, computed=wide)
+    assert not needed(world, stored=torch.float64, computed=torch.float64)
+    assert needed(world, stored=wide, computed=half)
+    assert needed(world, stored=half, computed=wide)
+    assert needed(world, stored=half, computed=half), "its routers compute in fp32"
+    assert needed(replace(world, size=2), stored=wide, computed=wide)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_gradients_of_one_process_are_those_of_bf16_whatever_they_are_kept_in(world, stored):
+    """Not widened on the way, and not rounded either: as a plain model's, cast afterwards."""
+    plain = randomise(qwen3_moe_tiny(vocab_size=64)).to(stored)
+    for module in plain.modules():  # the values that bf16 computes with
+        if type(module).__name__ == "TokenChoiceTopKRouter":
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.bfloat16().to(stored)
+    sharded = copy.deepcopy(plain)
+    shard_model(sharded, world, compute_dtype=torch.bfloat16, reshard_after_forward=True)
+    for name, parameter in plain.named_parameters():
+        if "router" not in name:
+            parameter.data = parameter.data.bfloat16()
+    (plain(TOKENS) ** 2).sum().backward()
+    (sharded(TOKENS) ** 2).sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+        assert other.grad.dtype == stored
+        assert torch.equal(whole_tensor(other.grad), one.grad.to(stored)), name
+
+
+@pytest.mark.parametrize(("size", "reduced"), [(1, torch.bfloat16), (2, torch.float32)])
+def test_gradients_are_added_over_processes_in_fp32(world, monkeypatch, size, reduced):
+    policies = {}
+
+    def watched(module, *, mp_policy, **_):
+        policies[type(module).__name__] = mp_policy
+
+    monkeypatch.setattr(sharding, "fully_shard", watched)
+    model = qwen3_moe_tiny(vocab_size=64)
+    several = replace(world, size=size)
+    shard_model(model, several, compute_dtype=torch.bfloat16, reshard_after_forward=True)
+    router = policies.pop("TokenChoiceTopKRouter")
+    assert router.param_dtype == router.reduce_dtype == torch.float32
+    for policy in policies.values():
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, reduced)
+    assert len(policies) == 3  # experts, layers, root
 
 
 class OwnMixture(nn.Module):

@@ -159,7 +159,8 @@ def test_packed_documents_are_documents_one_by_one(pair):
 def test_bf16_is_as_near_to_fp32_as_transformers_is(folder):
     tokens = torch.randint(0, 128, (8, 40), generator=torch.Generator().manual_seed(2))
     ours, _ = load_hf_model(folder, dtype=torch.bfloat16)
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    narrow = {p.dtype for n, p in ours.named_parameters() if ".router." not in n}
+    assert narrow == {torch.bfloat16}
     with torch.no_grad():
         exact = load_hf(folder)(input_ids=tokens).logits
         theirs = load_hf(folder, dtype=torch.bfloat16)(input_ids=tokens).logits.float()

@@ -151,6 +151,21 @@ CASES = {
     "packed by word": (("dataset.packed=perhaps",), "dataset.packed is 'perhaps', but must"),
     "packed in a list": ((f"dataset={in_yaml([text_node('a', packed=True), text_node('b')])}",),
                          "dataset: all data sets of a list must agree on packed, split_across"),
+    "one weight": ((f"dataset={in_yaml([text_node('a', weight=1), text_node('b')])}",),
+                   "dataset[1] has no weight, but others of the list have: give one to all"),
+    "no weight at all": (("dataset.weight=0",), "dataset.weight is 0, but must be a number above"),
+    "weighted validation": ((f"dataset_val={in_yaml(text_node('texts.jsonl', weight=1))}",),
+                            "dataset_val has a weight, but validation takes every sample exactly"),
+    "endless": (("dataset.streaming=true",), "max_steps is missing: nobody knows how long a str"),
+    "part of a stream": (("dataset.streaming=true", "max_steps=1", "dataset.split=train[:3]"),
+                         "dataset.split is 'train[:3]', but a stream has no length to take a part"),
+    "long samples": (("long_samples=cut",), "long_samples is 'cut', but must be one of truncate, "),
+    "too long": (("max_seq_len=3", "long_samples=refuse", "dataset.packed=true",
+                  "dataset.split_across_pack=false"), "tokens, but max_seq_len is 3: raise max_"),
+    "hub": (("dataset.source=org/name", "~dataset.data_files"),
+            "dataset.source is 'org/name', which is neither a folder here nor can it be fetched"),
+    "template": ((TOKENIZER.replace("tok}", "tok, chat_template: my.jinja}"),),
+                 "chat_template is 'my.jinja', which is neither a file nor a jinja template"),
     "less than a step": (("batch_size=10",), "the data set has 9 rows, fewer than the 10 of one s"),
     "less than a step packed": (("dataset.packed=true", "batch_size=8"), "fewer than the 8 of one"),
     "longer than the model": (("max_seq_len=65",), "max_seq_len is 65, but the model takes 64 tok"),
@@ -280,12 +295,12 @@ def test_a_sample_too_long_ends_the_run_with_a_sentence(place, base, capsys):
     """Only found on the way: the log of this run stays, and so does the model of the last one."""
     before = snapshot(base, place / "out/model", place / "out/notes.txt")
     argv = ["--config", "good.yaml", "dataset={_component_: test_bad_input.LongSample}",
-            "shuffle=false"]  # fmt: skip
+            "shuffle=false", "long_samples=refuse"]  # fmt: skip
     assert launch(recipe.main, lambda: parse_command_line(argv)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == (
-        "error: dataset: sample 7 has 40 tokens, but max_seq_len is 32: raise max_seq_len, or cut "
-        "the sample"
+        "error: dataset: sample 7 has 40 tokens, but max_seq_len is 32: raise max_seq_len, or set "
+        "long_samples to truncate or split"
     )
     assert "1/2" in lines[-2], "the bar stands on its own line"
     assert snapshot(base, place / "out/model", place / "out/notes.txt") == before

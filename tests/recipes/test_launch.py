@@ -73,6 +73,13 @@ def test_tune_run_and_its_launch_forms_agree(empty):
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)
 
 
+def test_two_processes_say_everything_once(empty):
+    result = run(empty, "torchrun", "--standalone", "--nproc_per_node", "2", "mine.py", "--config",
+                 "tiny.yaml", "output_dir=once", "max_steps=1")  # fmt: skip
+    said = [line for line in result.stderr.splitlines() if "torchao" in line]
+    assert len(said) <= 1, said
+
+
 def test_the_composed_example_runs_from_its_own_folder(empty):
     for name in ("compose_model.py", "compose_model.yaml"):
         shutil.copy(ROOT / "examples" / name, empty)

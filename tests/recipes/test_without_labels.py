@@ -117,7 +117,10 @@ def test_a_data_set_without_any_label_is_refused(tmp_path, which):
 def test_a_run_that_diverges_says_so_and_saves_nothing(tmp_path, max_steps):
     """Also in its last step, which nobody would look at before saving."""
     huge = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e38}, "clip_grad_norm": None}
-    message = "(loss|grad_norm) is (nan|inf) at step 2: training has diverged and nothing is saved"
+    message = (
+        r"(loss|grad_norm) is (nan|inf) at step 2, first in .+ on rank 0: training has diverged "
+        "and nothing is saved"
+    )
     with pytest.raises(InputError, match=message):
         run(tmp_path, dataset={"first": 0}, max_steps=max_steps, **huge)
     assert not (tmp_path / "model").exists()

@@ -7,7 +7,6 @@ from torchtune.training import get_cosine_schedule_with_warmup
 
 from moe_builders.errors import InputError
 from moe_builders.training.optimizer import build_optimizer, build_scheduler
-from moe_builders.training.reporting import peak_memory_gib
 
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3}
 COSINE = {"_component_": "torchtune.training.get_cosine_schedule_with_warmup",
@@ -30,9 +29,15 @@ def test_over_all_parameters_that_take_a_gradient():
     net[1].bias.requires_grad_(False)
     optimizer = build_optimizer(ADAMW | {"weight_decay": 0.3, "betas": [0.8, 0.9]}, net)
     assert type(optimizer) is torch.optim.AdamW
-    (group,) = optimizer.param_groups
-    assert [id(p) for p in group["params"]] == [id(p) for p in list(net.parameters())[:3]]
-    assert (group["lr"], group["weight_decay"], list(group["betas"])) == (1e-3, 0.3, [0.8, 0.9])
+    matrices, small = optimizer.param_groups
+    assert [id(p) for p in matrices["params"]] == [id(net[0].weight), id(net[1].weight)]
+    assert [id(p) for p in small["params"]] == [id(net[0].bias)]
+    for group, decay in ((matrices, 0.3), (small, 0.0)):
+        assert (group["lr"], group["weight_decay"], list(group["betas"])) == (
+            1e-3,
+            decay,
+            [0.8, 0.9],
+        )
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "adamw.AdamW", "NAdam", "Adafactor"])
@@ -54,15 +59,21 @@ def test_one_bf16_weight_is_enough():
     build_optimizer(ADAMW, net)
 
 
-def test_ones_own_on_bf16_weights_is_accepted_and_torchaos_is_not():
-    net = model(torch.bfloat16)
-    rounding = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3, "bf16_stochastic_round": True}
-    with pytest.raises(InputError, match="set param_dtype=fp32"):
-        build_optimizer(rounding, net)  # its first step fails on sharded bf16 weights
-    optimizer = build_optimizer(rounding | {"bf16_stochastic_round": False}, model())
-    assert optimizer.param_groups[0]["lr"] == 1e-3
-    own = build_optimizer({"_component_": "test_optimizer.Stochastic", "lr": 0.5}, net)
+def test_ones_own_on_bf16_weights_is_accepted():
+    own = build_optimizer(
+        {"_component_": "test_optimizer.Stochastic", "lr": 0.5}, model(torch.bfloat16))  # fmt: skip
     assert type(own) is Stochastic
+    assert all("weight_decay" not in group for group in own.param_groups), "it knows of none"
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit", "_AdamW"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchaos_by_their_own_name_are_refused_with_ours(name, dtype):
+    with pytest.raises(
+        InputError, match=r"name moe_builders\.training\.low_bit\.AdamW8bit"
+    ) as caught:
+        build_optimizer({"_component_": f"torchao.optim.{name}", "lr": 1e-3}, model(dtype))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,3 @@ def test_bad_schedules_are_one_sentence(node, message):
     with pytest.raises(InputError, match=message) as caught:
         build_scheduler(node, build_optimizer(ADAMW, model()), num_steps=10)
     assert "\n" not in str(caught.value)
-
-
-def test_nobody_counts_the_cpus_memory():
-    assert peak_memory_gib(torch.device("cpu")) is None

@@ -1,13 +1,12 @@
-"""The reporter writes one step late and loses none; loggers come from the config."""
+"""The reporter writes one step late and loses none."""
 
 import pytest
 import torch
-from torchtune.training.metric_logging import DiskLogger, StdoutLogger
 
 from moe_builders.errors import InputError
-from moe_builders.training.reporting import Reporter, build_loggers
-
-TUNE = "torchtune.training.metric_logging"
+from moe_builders.training.finite_watch import Watched
+from moe_builders.training.reporting import Reporter, peak_memory
+from moe_builders.training.run_files import MetricsFile
 
 
 class Recorder:
@@ -99,43 +98,134 @@ def test_what_is_shown(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_loggers_of_a_config(tmp_path):
-    (default,) = build_loggers(None, output_dir=str(tmp_path))
-    assert isinstance(default, DiskLogger)
-    default.log_dict({"loss": 1.5}, 3)
-    default.close()
-    (written,) = (tmp_path / "logs").iterdir()
-    assert written.read_text().startswith("Step 3 | loss:1.5")
-    disk = {"_component_": f"{TUNE}.DiskLogger", "log_dir": str(tmp_path / "mine"),
-            "filename": "log.txt"}  # fmt: skip
-    screen = {"_component_": f"{TUNE}.StdoutLogger"}
-    found = build_loggers([disk, screen], output_dir="unused")
-    assert [type(logger) for logger in found] == [DiskLogger, StdoutLogger]
-    for logger in found:
-        logger.close()
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["log.txt"]
-    (alone,) = build_loggers(screen, output_dir="unused")
-    alone.close()
+LOAD = torch.tensor([[4, 4, 4, 4], [8, 4, 4, 0]])  # of two layers, the second with a dead expert
 
 
-def needs_a_package():
-    raise ImportError("wandb is not there\ninstall it")
+class Pictures:
+    """Remembers what it was to draw."""
+
+    def __init__(self):
+        self.loads, self.curves = [], []
+
+    def draw_load(self, step, loads, layers):
+        self.loads.append((step, {k: v.tolist() for k, v in loads.items()}, list(layers)))
+
+    def draw_curves(self, history, validations):
+        self.curves.append((len(history), len(validations)))
 
 
-@pytest.mark.parametrize(
-    ("node", "message"),
-    [
-        ({"_component_": "test_reporting.needs_a_package"},
-         "metric_logger needs what is not installed: wandb is not there$"),
-        ("wandb", "metric_logger needs a _component_"),
-        ({"_component_": f"{TUNE}.DiskLoger"}, "did you mean 'DiskLogger'"),
-        ({"_component_": f"{TUNE}.DiskLogger"}, "DiskLogger: missing a required arg.*'log_dir'"),
-        ({"_component_": f"{TUNE}.DiskLogger", "log_dir": 3}, "metric_logger.log_dir is 3"),
-        ([{"_component_": f"{TUNE}.StdoutLogger"}, {}],
-         r"metric_logger\[1\] needs a _component_"),
-    ],
-)  # fmt: skip
-def test_bad_loggers_are_one_sentence(node, message):
-    with pytest.raises(InputError, match=message) as caught:
-        build_loggers(node, output_dir="unused")
-    assert "\n" not in str(caught.value)
+def test_load_of_each_layer_goes_where_it_belongs(tmp_path):
+    recorder, pictures = Recorder(), Pictures()
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    made = Reporter(
+        [recorder], total=3, every=2, show=False, layers=["layers.0", "layers.2"],
+        log_layers=True, metrics=metrics, pictures=pictures,
+    )  # fmt: skip
+    made.validated(0, {"val_loss": 4.0}, LOAD)
+    for number in (1, 2, 3):
+        made.step(number, {"loss": torch.tensor(1.0)}, load=LOAD)
+    made.validated(3, {"val_loss": 3.0}, LOAD + 1)
+    made.close()
+
+    measures = {"max_violation": 1.0, "dead_experts": 1.0, "load_entropy": 0.875}
+    assert made.history[0] == {"step": 1, "loss": 1.0} | measures
+    assert [line["step"] for line in made.validations] == [0, 3]
+    assert made.validations[0]["val_dead_experts"] == 1.0
+    assert made.validations[1]["val_dead_experts"] == 0.0
+
+    logged = {number: values for number, values in recorder.lines}
+    assert set(logged) == {0, 2, 3}, "steps every second time, validations always"
+    assert logged[2] == {"loss": 1.0} | measures | {
+        "layers.0/max_violation": 0.0, "layers.2/max_violation": 1.0,
+        "layers.0/dead_experts": 0.0, "layers.2/dead_experts": 1.0,
+        "layers.0/load_entropy": 1.0, "layers.2/load_entropy": 0.75,
+    }  # fmt: skip
+    assert logged[0]["layers.2/val_max_violation"] == 1.0
+    assert all(type(v) is float for values in logged.values() for v in values.values())
+
+    lines = metrics.read()
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3], "every step has a line"
+    assert "load" not in lines[0]
+    assert lines[0]["kind"] == lines[4]["kind"] == "validation"
+    assert lines[4]["load"] == (3 * LOAD).tolist(), "of all steps since the last validation"
+    assert lines[4]["val_load"] == (LOAD + 1).tolist()
+    assert lines[4]["layers_max_violation"] == [0.0, 1.0]
+    assert lines[4]["layers_dead_experts"] == [0, 1]
+    assert lines[4]["val_layers_dead_experts"] == [0, 0]
+
+    names = ["layers.0", "layers.2"]
+    since, val = "training since the last validation", "validation set"
+    assert pictures.loads == [
+        (0, {val: LOAD.tolist()}, names),
+        (3, {since: (3 * LOAD).tolist(), val: (LOAD + 1).tolist()}, names),
+    ]
+    assert pictures.curves == [(0, 1), (3, 2), (3, 2)], "and at the end"
+
+
+def test_without_validation_the_load_is_drawn_at_the_end():
+    pictures = Pictures()
+    made = Reporter([], total=2, every=1, show=False, layers=["a", "b"], pictures=pictures)
+    for number in (1, 2):
+        made.step(number, {"loss": 1.0}, load=LOAD)
+    made.close()
+    (drawn,) = pictures.loads
+    assert drawn[:2] == (2, {"training since the last validation": (2 * LOAD).tolist()})
+
+
+def test_layers_are_logged_only_when_asked_for():
+    made, recorder = reporter()
+    made.step(1, {"loss": 1.0}, load=LOAD)
+    made.close()
+    ((_, values),) = recorder.lines
+    assert set(values) == {"loss", "max_violation", "dead_experts", "load_entropy"}
+
+
+def test_a_resumed_run_goes_on_counting(capsys):
+    history = [{"step": n, "loss": 2.0} for n in (1, 2, 3)]
+    recorder = Recorder()
+    made = Reporter(
+        [recorder], total=5, every=1, show=True, history=history, validations=[{"step": 0}]
+    )
+    made.step(4, {"loss": torch.tensor(1.0)})
+    made.step(5, {"loss": torch.tensor(1.0)})
+    made.close()
+    assert [line["step"] for line in made.history] == [1, 2, 3, 4, 5]
+    assert made.validations == [{"step": 0}]
+    assert [number for number, _ in recorder.lines] == [4, 5], "the earlier ones are there already"
+    assert "5/5" in capsys.readouterr().err
+    assert len(history) == 3, "the caller's list is the caller's"
+
+
+def test_a_diverged_step_names_where_it_began_from_all_processes():
+    asked = []
+
+    def gather(own):
+        asked.append(own)
+        return [own, (0, "layers.0")]
+
+    made = Reporter([], total=2, every=1, show=False, gather=gather)
+    good = Watched(("layers.0", "layers.1"), torch.tensor([1.0, 2.0]))
+    bad = Watched(("layers.0", "layers.1"), torch.tensor([1.0, float("inf")]))
+    made.step(1, {"loss": torch.tensor(1.0)}, watched=good)
+    made.step(2, {"loss": torch.tensor(float("nan"))}, watched=bad)
+    assert asked == []
+    with pytest.raises(InputError, match=r"loss is nan at step 2, first in layers\.0 on rank 1: "):
+        made.flush()
+    assert asked == [(1, "layers.1")]
+
+
+def test_a_finite_run_does_not_mind_a_large_sum():
+    made, recorder = reporter()
+    made.step(1, {"loss": 1.0}, watched=Watched(("layers.0",), torch.tensor([float("inf")])))
+    made.flush()
+    assert recorder.lines == [(1, {"loss": 1.0})]
+
+
+def test_peak_memory_of_the_process():
+    before = peak_memory(torch.device("cpu"))["peak_rss_gib"]
+    assert 0.05 < before < 100
+    held = torch.ones(2**27)  # half a GiB, and each page is touched
+    after = peak_memory(torch.device("cpu"))["peak_rss_gib"]
+    assert after >= before
+    assert after >= 0.5
+    del held

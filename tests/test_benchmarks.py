@@ -1,0 +1,90 @@
+"""The benchmark runs, measures equal work, and keeps every timing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import measuring  # noqa: E402
+import train_step  # noqa: E402
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def test_peak_memory_by_hand():
+    kept = []
+
+    def work():
+        first = torch.empty(3 * MIB, dtype=torch.uint8)
+        second = torch.empty(5 * MIB, dtype=torch.uint8)
+        del first
+        kept[:] = [torch.empty(2 * MIB, dtype=torch.uint8)]  # until the next call
+        del second
+
+    # 3 + 5, and what the call before left
+    assert measuring.peak_bytes(work, CPU) == 10 * MIB
+
+
+def test_what_a_model_needs():
+    model = torch.nn.Linear(10, 10, bias=False)
+    model.register_parameter("frozen", torch.nn.Parameter(torch.zeros(7), requires_grad=False))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.weight.grad = torch.ones(10, 10)
+    optimizer.step()
+    needed = train_step.needed_bytes(model, optimizer)
+    assert needed == {"weights": 428, "gradients": 400, "state": 804}  # two moments, and a count
+
+
+def values(seconds, above=100):
+    return {"seconds": seconds, "cpu_seconds": seconds, "bytes": {"above": above}}
+
+
+def test_ratios_by_hand():
+    found = {"recipe": values([1.0, 2.0, 4.0], 50), "grouped_mm": values([2.0, 2.0, 2.0]),
+             "eager": values([9.0, 9.0, 9.0])}  # fmt: skip
+    summary = train_step.compare(found, tokens=100)
+    assert summary["best_of_transformers"] == "grouped_mm"
+    ours = summary["ways"]["recipe"]
+    assert ours["tokens_per_second"] == 50
+    assert ours["speed_ratio"] == 1
+    assert ours["speed_ratio_range"] == [0.5, 2]
+    assert ours["memory_ratio"] == 0.5
+
+
+def test_unequal_work_is_refused():
+    found = {"recipe": {"losses": [5.0], "norms": [1.0]}, "eager": {"losses": [5.01], "norms": [1]}}
+    with pytest.raises(SystemExit, match="do not do the same work: first losses are"):
+        train_step.check_equal_work(found, "fp32")
+    found["eager"]["losses"] = [5.0004]
+    assert train_step.check_equal_work(found, "fp32")["losses"] == pytest.approx(8e-5, rel=0.01)
+    found["eager"]["norms"] = [float("nan")]
+    with pytest.raises(SystemExit, match="first norms"):
+        train_step.check_equal_work(found, "fp32")
+
+
+def test_a_trial_from_the_command_line(tmp_path):
+    out = tmp_path / "new" / "trial.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks/train_step.py"), "--shapes", "tiny", "--dtypes",
+        "mixed", "--ways", "recipe", "bare", "grouped_mm", "--rows", "2", "--length", "16",
+        "--repeats", "2", "--warmup", "1", "--threads", "1", "--out", str(out),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "skipped: tiny mixed bare: computing in another dtype" in done.stdout
+    assert "<- transformers' best" in done.stdout
+    report = json.loads(out.read_text())
+    assert report["versions"]["torch"] == torch.__version__
+    assert len(report["skipped"]) == 1
+    (result,) = report["results"]
+    for way in ("recipe", "grouped_mm"):
+        assert len(result["ways"][way]["seconds"]) == 2
+        assert len(result["ways"][way]["losses"]) == 3
+        assert result["ways"][way]["bytes"]["above"] > 0
