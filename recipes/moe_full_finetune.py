@@ -263,9 +263,8 @@ def run(config: RecipeConfig, world: World) -> Trained:
     scheduler = build_scheduler(config.lr_scheduler, optimizer, num_steps=num_steps, done=kept.step)
     watch = model.probe = FiniteWatch(num_layers=len(model.layers))
     profiler = StepProfiler(
-        output / "profile", rank=world.rank, num_steps=num_steps - kept.step,
-        **asdict(config.profiler),
-    )  # fmt: skip
+        output / "profile", rank=world.rank, num_steps=num_steps, **asdict(config.profiler)
+    )
     used = utilisation(
         model, peak_tflops=config.peak_tflops, compute_dtype=DTYPES[config.compute_dtype],
         device=world.device, num_devices=world.size,
@@ -278,7 +277,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
 
     def save_at(step: int) -> None:
         reporter.flush()  # a loss that is not finite stops here, before it is saved
-        reporter.say(f"saved {keeper.save(step, reporter.history, reporter.validations)}")
+        reporter.say(f"saved {keeper.save(step, reporter.shown())}")
 
     steps = islice(loader.steps(epochs=config.epochs), num_steps - kept.step)
     number, early = kept.step, False
@@ -342,9 +341,8 @@ def open_reporter(
             logger.log_config(settings)
     return Reporter(
         loggers, total=total, every=config.log_every_n_steps, show=world.is_first,
-        history=kept.history, validations=kept.validations, layers=layers,
-        log_layers=config.log_layers, metrics=metrics, pictures=plots if world.is_first else None,
-        gather=world.gather_objects,
+        layers=layers, log_layers=config.log_layers, metrics=metrics,
+        pictures=plots if world.is_first else None, gather=world.gather_objects, **kept.shown,
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def everything_in(folder):
     tensors = {n: torch.zeros(s, dtype=d) for n, (s, d) in stored_tensors(folder).items()}
     with open_world(device="cpu"):
         checkpoint.read(tensors)
-    facts = {k: checkpoint.facts[k] for k in ("step", "loader", "numbers", "validations")}
+    facts = {k: checkpoint.facts[k] for k in ("step", "loader", "numbers", "validations", "load")}
     facts["history"] = _timeless(checkpoint.facts["history"])
     ranks = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("rank_*.json"))}
     return tensors | facts | ranks

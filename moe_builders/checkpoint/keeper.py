@@ -14,7 +14,7 @@ from moe_builders.parallel.world import World
 from moe_builders.training.changes import config_changes
 from moe_builders.training.rng import random_state, set_random_state
 
-Values = list[dict[str, float]]
+_SHOWN = ("history", "validations", "load")
 _UNREMARKABLE = ("resume",)  # keys that say nothing about the run itself
 
 
@@ -44,13 +44,12 @@ class Kept:
 
     Attributes:
         step: optimizer steps done.
-        history, validations: values of every step and validation up to it.
+        shown: what the run has shown up to there: arguments of ``Reporter``.
         notes: sentences worth telling: what is different now, and what counts.
     """
 
     step: int = 0
-    history: Values = field(default_factory=list)
-    validations: Values = field(default_factory=list)
+    shown: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,8 +78,12 @@ class RunKeeper:
         self.checkpoints, self.state, self.loader = checkpoints, state, loader
         self.settings, self.source, self.world = dict(settings), source, world
 
-    def save(self, step: int, history: Values, validations: Values) -> Path:
+    def save(self, step: int, shown: Mapping[str, Any]) -> Path:
         """Write a checkpoint; every process calls.
+
+        Args:
+            step: optimizer steps done.
+            shown: ``Reporter.shown``.
 
         Raises:
             InputError: it could not be written; earlier ones are whole.
@@ -92,10 +95,8 @@ class RunKeeper:
             "config": self.settings,
             "loader": self.loader.state_dict(),
             "numbers": self.state.numbers(),
-            "history": history,
-            "validations": validations,
             "hf_source": self.source,
-        }
+        } | {key: shown[key] for key in _SHOWN}
         own = {"random": random_state(self.world.device)}
         return self.checkpoints.save(step, self.state.tensors(), facts, own)
 
@@ -135,7 +136,7 @@ class RunKeeper:
             own = checkpoint.rank_facts(self.world.rank)
             if own:
                 set_random_state(own["random"], self.world.device)
-            return Kept(checkpoint.step, facts["history"], facts["validations"], notes)
+            return Kept(checkpoint.step, {key: facts[key] for key in _SHOWN}, notes)
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

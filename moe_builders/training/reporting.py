@@ -47,7 +47,7 @@ class Reporter:
         total: steps in the run, for the bar.
         every: log every so many steps.
         show: draw the progress bar.
-        history, validations: lines of the run that is resumed.
+        history, validations, load: ``shown`` of the run that is resumed.
         layers: l names of layers with experts.
         log_layers: each layer's values go to the loggers, not just the worst one's.
         metrics: file that gets every step and validation.
@@ -69,6 +69,7 @@ class Reporter:
         show: bool,
         history: Sequence[dict[str, float]] = (),
         validations: Sequence[dict[str, float]] = (),
+        load: Sequence[Sequence[float]] | None = None,
         layers: Sequence[str] = (),
         log_layers: bool = False,
         metrics: MetricsFile | None = None,
@@ -84,7 +85,8 @@ class Reporter:
             total=total, initial=len(history), disable=not show, unit="step", dynamic_ncols=True
         )
         self._waiting: tuple[int, dict[str, float], _OnTheWay, Watched | None] | None = None
-        self._load: Tensor | None = None  # [l, e] of the steps since the last validation
+        # [l, e] of the steps since the last validation
+        self._load = None if load is None else torch.tensor(load, dtype=torch.float64)
 
     def step(
         self,
@@ -155,6 +157,11 @@ class Reporter:
             self.log({k: v for k, v in plain.items() if k != "step"} | extra, number)
         bad = None if watched is None or sums is None else first_bad(watched.places, sums.tolist())
         return plain, bad
+
+    def shown(self) -> dict[str, Any]:
+        """JSON: what another reporter goes on from."""
+        load = None if self._load is None else self._load.tolist()
+        return {"history": self.history, "validations": self.validations, "load": load}
 
     def has_validated(self, number: int) -> bool:
         """Whether the last validation followed step ``number``."""
