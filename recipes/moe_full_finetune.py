@@ -243,7 +243,8 @@ def run(config: RecipeConfig, world: World) -> Trained:
     val_loader = None
     if config.dataset_val is not None:
         val_loader = build_loader(config, world, tokenizer, validation=True)
-    num_steps = total_steps(loader, epochs=config.epochs, max_steps=config.max_steps)
+    lengths = {"epochs": config.epochs, "max_steps": config.max_steps}
+    total_steps(loader, **lengths)  # a mistake here is said before the model is loaded
     checkpoints = RunCheckpoints(output / "checkpoints", world=world, keep_last=config.keep_last)
     start = find_checkpoint(config.resume, checkpoints)
     base = build_model(config, world, weights=start.checkpoint is None)
@@ -260,6 +261,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
         settings=asdict(config), source=base.source_json, world=world,
     )  # fmt: skip
     kept = keeper.restore(start)
+    num_steps = total_steps(loader, **lengths, done=kept.step)
     scheduler = build_scheduler(config.lr_scheduler, optimizer, num_steps=num_steps, done=kept.step)
     watch = model.probe = FiniteWatch(num_layers=len(model.layers))
     profiler = StepProfiler(
@@ -275,17 +277,25 @@ def run(config: RecipeConfig, world: World) -> Trained:
         if val_loader is not None and not reporter.has_validated(step):
             reporter.validated(step, *validate(model, val_loader, world))
 
+    def stop_early() -> bool:
+        losses = [v["val_loss"] for v in reporter.validations]
+        return reporter.has_validated(number) and should_stop_early(
+            losses, patience=config.early_stop_patience, min_delta=config.early_stop_min_delta
+        )
+
     def save_at(step: int) -> None:
         reporter.flush()  # a loss that is not finite stops here, before it is saved
-        reporter.say(f"saved {keeper.save(step, reporter.shown())}")
+        reporter.say(f"saved {keeper.save(step, reporter.shown())}", *checkpoints.notes)
 
-    steps = islice(loader.steps(epochs=config.epochs), num_steps - kept.step)
-    number, early = kept.step, False
+    number = kept.step
     # closed also when a step fails: the bar must not swallow the message
     with profiler, closing(reporter), catch_stop_signals() as request:
         reporter.say(*kept.notes, *loader.notes, *describe_unquantized(optimizer, model))
         if number == 0 or due(number, config.run_val_every_n_steps):
             validation_at(number)
+        early, stopped = stop_early(), False
+        left = 0 if early else num_steps - kept.step
+        steps = islice(loader.steps(epochs=config.epochs), left)
         started = time.perf_counter()
         for number, step in enumerate(steps, start=kept.step + 1):
             values: dict[str, Any] = {**train_step(model, step, config, world, stop=request.asked)}
@@ -294,21 +304,21 @@ def run(config: RecipeConfig, world: World) -> Trained:
             values["grad_norm"] = update(stepper, scheduler, config)
             report(reporter, number, values, watched, time.perf_counter() - started, used, world)
             profiler.step()  # may write for seconds: no part of a step's time
-            if due(number, config.run_val_every_n_steps) and not reporter.asked_to_stop:
+            # a process that is alone need not wait until all have heard of it
+            alone = request.asked and world.size == 1
+            stopped = (reporter.asked_to_stop or alone) and number < num_steps
+            if due(number, config.run_val_every_n_steps) and not stopped:
                 validation_at(number)
-                early = should_stop_early(
-                    [v["val_loss"] for v in reporter.validations],
-                    patience=config.early_stop_patience, min_delta=config.early_stop_min_delta,
-                )  # fmt: skip
-            if reporter.asked_to_stop or early:
+                early = stop_early()
+            if stopped or early:
                 break
-            if due(number, config.checkpoint_every_n_steps):
+            if due(number, config.checkpoint_every_n_steps) and number < num_steps:
                 save_at(number)
             started = time.perf_counter()
-        if reporter.asked_to_stop:
+        if stopped:
             save_at(number)
             reporter.say(f"stopped by {request.name} at step {number} of {num_steps}: the same "
-                         "command goes on from here")  # fmt: skip
+                         "command with resume=auto (the default) goes on from here")  # fmt: skip
             return Trained(reporter.history, reporter.validations, None, request.exit_code)
         reporter.flush()  # a loss that is not finite stops here, before anything is saved
         if early:

@@ -11,6 +11,7 @@ from helpers_train import RaggedDataset
 
 from moe_builders.checkpoint.run_checkpoints import read_checkpoint
 from moe_builders.parallel.dcp import stored_tensors
+from moe_builders.parallel.sharding import local_shard
 from moe_builders.parallel.world import open_world
 
 MODEL = {"_component_": "moe_builders.families.qwen3_moe.qwen3_moe", "vocab_size": 400,
@@ -92,8 +93,8 @@ def everything_in(folder):
     tensors = {n: torch.zeros(s, dtype=d) for n, (s, d) in stored_tensors(folder).items()}
     with open_world(device="cpu"):
         checkpoint.read(tensors)
-    facts = {k: checkpoint.facts[k] for k in ("step", "loader", "numbers", "validations", "load")}
-    facts["history"] = _timeless(checkpoint.facts["history"])
+    facts = {k: checkpoint.facts[k] for k in ("step", "loader", "numbers")} | checkpoint.record()
+    facts["history"] = _timeless(facts["history"])
     ranks = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("rank_*.json"))}
     return tensors | facts | ranks
 
@@ -123,3 +124,24 @@ class Spoiler(RaggedDataset):
         if self.folder.parent.is_dir() and not self.folder.exists():
             self.folder.write_text("in the way")
         return super().__getitem__(index)
+
+
+class OwnMomentum(torch.optim.Optimizer):
+    """What users write: counts in a plain number, and keeps local tensors."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                own, grad = local_shard(parameter).tensor, local_shard(parameter.grad).tensor
+                if not state:
+                    state["step"], state["momentum"] = 0, torch.zeros_like(own)
+                state["step"] += 1
+                state["momentum"].mul_(0.9).add_(grad)
+                own.sub_(group["lr"] / state["step"] ** 0.5 * state["momentum"])

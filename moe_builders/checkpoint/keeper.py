@@ -32,10 +32,17 @@ class Position(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run starts from, or None, and what is worth telling about that."""
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: that it goes on from, or None.
+        notes: what is worth telling about that.
+        own: whether the checkpoint is one of the run's own folder.
+    """
 
     checkpoint: Checkpoint | None
     notes: list[str]
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ class RunKeeper:
             shown: ``Reporter.shown``.
 
         Raises:
-            InputError: it could not be written; earlier ones are whole.
+            InputError: it could not be written, or the weights are not finite; earlier ones are
+                whole.
         """
         facts = {
             "processes": self.world.size,
@@ -96,9 +104,11 @@ class RunKeeper:
             "loader": self.loader.state_dict(),
             "numbers": self.state.numbers(),
             "hf_source": self.source,
-        } | {key: shown[key] for key in _SHOWN}
+        }
         own = {"random": random_state(self.world.device)}
-        return self.checkpoints.save(step, self.state.tensors(), facts, own)
+        record = {key: shown[key] for key in _SHOWN}
+        self.state.check_finite(step)
+        return self.checkpoints.save(step, self.state.tensors(), facts, own, record)
 
     def restore(self, start: Start) -> Kept:
         """Take everything back from a checkpoint; without one, a run starts at step 0.
@@ -112,7 +122,7 @@ class RunKeeper:
         """
         checkpoint = start.checkpoint
         if checkpoint is None:
-            return Kept(notes=start.notes)
+            return Kept(notes=start.notes + self.checkpoints.start_from(0, own=False))
         facts = checkpoint.facts
         try:
             notes = [*start.notes, f"going on from {checkpoint.folder} (step {checkpoint.step})"]
@@ -136,7 +146,9 @@ class RunKeeper:
             own = checkpoint.rank_facts(self.world.rank)
             if own:
                 set_random_state(own["random"], self.world.device)
-            return Kept(checkpoint.step, {key: facts[key] for key in _SHOWN}, notes)
+            notes += self.checkpoints.start_from(checkpoint.step, own=start.own)
+            record = checkpoint.record()
+            return Kept(checkpoint.step, {key: record[key] for key in _SHOWN}, notes)
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -157,19 +169,25 @@ def find_checkpoint(resume: str, checkpoints: RunCheckpoints) -> Start:
         InputError: the folder is not a complete checkpoint.
     """
     if resume == "never":
-        aside = checkpoints.move_aside()
-        moved = [f"resume=never: the checkpoints of an earlier run are in {aside} now"]
-        return Start(None, moved if aside is not None else [])
+        return Start(None, [], own=False)
     if resume != "auto":
         if not Path(resume).is_dir():
             raise InputError(
                 f"resume is {resume!r}, but must be auto, never, or a checkpoint's folder"
             )
-        return Start(read_checkpoint(resume), [])
-    found = checkpoints.newest()
+        chosen = read_checkpoint(resume)
+        own = chosen.folder.resolve().parent == checkpoints.folder.resolve()
+        return Start(chosen, [], own=own)
+    found, problems = checkpoints.newest(), checkpoints.survey()
+    if found is None and problems:
+        folder, problem = problems[0]
+        raise InputError(
+            f"none of the checkpoints in {checkpoints.folder} is whole ({folder.name}: {problem}): "
+            "put one back, or start over with resume=never"
+        )
     passed = [
         f"{folder} is passed over: {problem}"
-        for folder, problem in checkpoints.list()
-        if problem is not None and (found is None or folder.name > found.folder.name)
+        for folder, problem in problems
+        if problem is not None and found is not None and folder.name > found.folder.name
     ]
-    return Start(found, passed)
+    return Start(found, passed, own=True)

@@ -1,6 +1,7 @@
 """Checkpoints of a run: one folder a step, complete as soon as it has its name.
 
     checkpoints/step_00000020/   run.json       where the run stood, and the size of every file
+                                 record.json    what it has shown so far
                                  rank_0.json …  what differs by process (random streams)
                                  *.distcp       weights and optimizer state (DCP)
 
@@ -8,6 +9,7 @@ A folder is written as ``.step_00000020.partial``, flushed to the disk and renam
 that whatever has the name is whole; nothing that is being written or removed ever has it.
 """
 
+import errno
 import json
 import os
 import re
@@ -27,7 +29,7 @@ from moe_builders.parallel.sharding import raise_together
 from moe_builders.parallel.world import World
 
 _NAME = re.compile(r"step_(\d+)")
-_FACTS = "run.json"
+_FACTS, _RECORD = "run.json", "record.json"
 _FORMAT = 1
 
 
@@ -44,6 +46,10 @@ class Checkpoint:
     folder: Path
     step: int
     facts: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """What was given as the record; long, so it is read when it is asked for."""
+        return json.loads((self.folder / _RECORD).read_text())
 
     def rank_facts(self, rank: int) -> dict[str, Any]:
         """What process ``rank`` gave; {} if there was no such process."""
@@ -66,6 +72,8 @@ class RunCheckpoints:
 
     def __init__(self, folder: str | Path, *, world: World, keep_last: int | None) -> None:
         self.folder, self.world, self.keep_last = Path(folder), world, keep_last
+        self.notes: list[str] = []  # sentences on what could not be tidied up
+        self._trusted: set[Path] = set()  # written, or gone on from, by this run
 
     def save(
         self,
@@ -73,27 +81,32 @@ class RunCheckpoints:
         tensors: Mapping[str, Tensor],
         facts: Mapping[str, Any],
         rank_facts: Mapping[str, Any],
+        record: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write a checkpoint; one of that step that is already complete is left as it is.
+        """Write a checkpoint; one of that step that this run has written is left as it is.
+
+        Any other folder of that name (damaged, or of a run that took another way) is replaced
+        when the new one is complete.
 
         Args:
             step: optimizer steps done.
             tensors: see ``write_tensors_together``.
             facts: JSON, the same on every process.
             rank_facts: JSON, this process's own.
+            record: JSON, the same on every process, and long.
 
         Raises:
             InputError: a process could not write; on every process. What was complete stays.
         """
-        target = self.folder / f"step_{step:08d}"
-        if any(self.world.gather_objects(target.exists())):
+        target = self._named(step)
+        if target in self._trusted:
             return target
         partial = self.folder / f".{target.name}.partial"
         try:
             self._on_first(lambda: self._begin(partial))
             write_tensors_together(tensors, partial)
             self._on_all(lambda: _write_json(partial / self._rank_file, rank_facts))
-            self._on_first(lambda: self._publish(partial, target, step, facts))
+            self._on_first(lambda: self._publish(partial, target, step, facts, record or {}))
         except InputError as error:
             if self.world.is_first:  # makes room on a full disk
                 shutil.rmtree(partial, ignore_errors=True)
@@ -103,23 +116,20 @@ class RunCheckpoints:
                 f"the checkpoint {target} cannot be written: {error}; {last}: make room or mend "
                 "the folder, then launch the same command again"
             ) from error
-        try:
-            self._on_first(self._prune)
-        except InputError as error:
-            raise InputError(
-                f"old checkpoints in {self.folder} cannot be removed: {error}; {target} is whole"
-            ) from error
+        self._trusted.add(target)
+        if self.world.is_first:
+            self._prune()
         return target
 
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the most steps; damaged ones are passed over."""
         own = None
         if self.world.is_first:  # one process looks: files may appear at other times elsewhere
-            own = next((str(folder) for folder, problem in self.list() if problem is None), None)
+            own = next((str(folder) for folder, problem in self.survey() if problem is None), None)
         found = self.world.gather_objects(own)[0]
         return None if found is None else read_checkpoint(found)
 
-    def list(self) -> list[tuple[Path, str | None]]:
+    def survey(self) -> list[tuple[Path, str | None]]:
         """(folder, what is wrong with it or None), newest first."""
         numbered = [
             (int(match[1]), path)
@@ -128,16 +138,45 @@ class RunCheckpoints:
         ]
         return [(path, _problem(path)) for _, path in sorted(numbered, reverse=True)]
 
-    def move_aside(self) -> Path | None:
-        """Give the folder another name, for a run that starts over; None: there was none."""
-        aside = None
-        if self.world.is_first and self.folder.is_dir() and any(self.folder.iterdir()):
-            number = 1
-            while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
-                number += 1
-            os.replace(self.folder, aside)
-        self.world.barrier()
-        return aside
+    def start_from(self, step: int, *, own: bool) -> list[str]:
+        """Make room for a run that goes on from a step; every process calls.
+
+        What comes after that step was written by a run that went another way, or is damaged: it is
+        moved beside the folder, where no later run picks it.
+
+        Args:
+            step: optimizer steps done; 0: from the start.
+            own: whether its checkpoint lies in this folder; else nothing here is of use.
+
+        Returns:
+            A sentence for each that was moved.
+
+        Raises:
+            InputError: one cannot be moved.
+        """
+        moved: list[str] = []
+        self._on_first(lambda: moved.extend(self._move_newer(step if own else -1)))
+        if own and step:
+            self._trusted.add(self._named(step))
+        return moved
+
+    def _move_newer(self, step: int) -> list[str]:
+        newer = [
+            path for path, _ in self.survey() if path.name > self._named(step).name or step < 0
+        ]
+        if not newer:
+            return []
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for path in newer:
+            os.replace(path, aside / path.name)
+        names = ", ".join(sorted(path.name for path in newer))
+        return [f"moved to {aside}, since this run goes another way: {names}"]
+
+    def _named(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     @property
     def _rank_file(self) -> str:
@@ -147,26 +186,51 @@ class RunCheckpoints:
         check_output_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".step_*"):  # of a run that was killed
-            shutil.rmtree(leftover)
+            self._remove(leftover)
         partial.mkdir()
 
-    def _publish(self, partial: Path, target: Path, step: int, facts: Mapping[str, Any]) -> None:
+    def _publish(
+        self, partial: Path, target: Path, step: int, facts: Mapping[str, Any],
+        record: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        _write_json(partial / _RECORD, record)
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         _write_json(
             partial / _FACTS, {"format": _FORMAT, "step": step, "files": sizes} | dict(facts)
         )
         _flush_folder(partial)
+        replaced = target.with_name(f".{target.name}.replaced")
+        if target.exists():
+            os.replace(target, replaced)
         os.replace(partial, target)
         _flush_folder(self.folder)
+        if replaced.exists():
+            self._remove(replaced)
 
     def _prune(self) -> None:
         if self.keep_last is None:
             return
-        complete = [folder for folder, problem in self.list() if problem is None]
+        complete = [folder for folder, problem in self.survey() if problem is None]
         for folder in complete[self.keep_last :]:
             doomed = folder.with_name(f".{folder.name}.removed")
-            os.replace(folder, doomed)  # first the name: half a folder must not look whole
-            shutil.rmtree(doomed)
+            try:
+                os.replace(folder, doomed)  # first the name: half a folder must not look whole
+            except OSError as error:
+                self._note(folder, error)
+            else:
+                self._remove(doomed)
+
+    def _remove(self, folder: Path) -> None:
+        """Delete; what cannot be deleted is no reason to end a healthy run."""
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            self._note(folder, error)
+
+    def _note(self, folder: Path, error: OSError) -> None:
+        note = f"{folder} cannot be removed: {first_line(error)}"
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _on_first(self, act: Callable[[], object]) -> None:
         self._on_all(act if self.world.is_first else lambda: None)
@@ -224,9 +288,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
+    """Make the names in a folder survive a power failure, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what has no such thing says so
+            raise
     finally:
         os.close(handle)

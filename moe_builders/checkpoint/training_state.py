@@ -31,6 +31,8 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, stepper: Stepper) -> None:
         self.model, self.stepper, self.optimizer = model, stepper, stepper.optimizer
+        # now: a forward may leave a layer gathered, and then the model names other objects
+        self._named = dict(model.named_parameters())
         self._at_first = [_plain_options(group) for group in self.optimizer.param_groups]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -58,6 +60,22 @@ class TrainingState:
             "entries": {name: values for name, values in entries.items() if values},
             "options": changed,
         }
+
+    def check_finite(self, step: int) -> None:
+        """Look at the weights before they are saved; every process calls.
+
+        Raises:
+            InputError: one holds NaN or infinity; on every process.
+        """
+        error = None
+        for name, parameter in self._named.items():
+            if not local_shard(parameter.detach()).tensor.isfinite().all():
+                error = InputError(
+                    f"{name} is not finite after step {step}: training has diverged and nothing is "
+                    "saved; lower the learning rate, or look at the data of that step"
+                )
+                break
+        raise_together(error)
 
     def load(self, checkpoint: Checkpoint, numbers: Mapping[str, Any]) -> None:
         """Take over a checkpoint's tensors and numbers; every process calls.
@@ -91,7 +109,7 @@ class TrainingState:
             by_name[name].update(values)
 
     def _states(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._named.items():
             if parameter in self.optimizer.state:
                 yield name, parameter, self.optimizer.state[parameter]
 
@@ -100,7 +118,7 @@ class TrainingState:
         owners = {name.removeprefix("optimizer.") for name in stored if "optimizer." in name}
         self.stepper.make_states(
             parameter
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self._named.items()
             if parameter.requires_grad and any(owner.startswith(f"{name}.") for owner in owners)
         )
 
@@ -115,12 +133,16 @@ def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _taken_apart(name: str, value: Tensor, parameter: Tensor) -> dict[str, Tensor]:
-    local = local_shard(value).tensor
+    local, shard = local_shard(value).tensor, local_shard(parameter)
     if not hasattr(local, "__tensor_flatten__"):
-        return {name: value}
-    shard = local_shard(parameter)
+        # a plain tensor beside a sharded parameter is this process's own
+        alone = value.ndim > 0 and local is value and shard.tensor is not parameter
+        if not alone:
+            return {name: value}
     first = shard.offset[0] if shard.offset else 0
     part = f"[{first}:{first + (len(shard.tensor) if shard.tensor.ndim else 1)}]"
+    if not hasattr(local, "__tensor_flatten__"):
+        return {f"{name}{part}": value}
     inner, _ = local.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
     return {f"{name}.{key}{part}": getattr(local, key) for key in inner}
 

@@ -41,6 +41,10 @@ class StepLoader(Protocol):
         """
         ...
 
+    def steps_left(self, *, epochs: int) -> int | None:
+        """How many steps ``steps`` would still give; None: a stream, nobody knows."""
+        ...
+
     def __iter__(self) -> Iterator[Batch]:
         """Every sample once, in order; as many batches on every process."""
         ...
@@ -185,6 +189,14 @@ class SizedLoader:
                     step = []
             self._epoch, self._samples = self._epoch + 1, 0
 
+    def steps_left(self, *, epochs: int) -> int | None:
+        """See ``StepLoader``."""
+        if self._epoch >= epochs:
+            return 0
+        later = (epochs - self._epoch - 1) * self._sampler.num_steps
+        here = (self._sampler.num_samples - self._samples) // self._sampler.samples_per_step
+        return later + max(0, here)
+
     def __iter__(self) -> Iterator[Batch]:
         """See ``StepLoader``."""
         yield from self._loader
@@ -200,26 +212,37 @@ class SizedLoader:
         return differences
 
 
-def total_steps(loader: StepLoader, *, epochs: int, max_steps: int | None) -> int:
+def total_steps(loader: StepLoader, *, epochs: int, max_steps: int | None, done: int = 0) -> int:
     """Optimizer steps of a run, at most.
 
+    Args:
+        loader: at the place where the run begins or goes on.
+        epochs, max_steps: as the config says.
+        done: steps that lie behind, perhaps of another number of samples.
+
     Raises:
-        InputError: a stream without max_steps, or several epochs of what has no end.
+        InputError: a stream without max_steps, several epochs of what has no end, or more steps
+            done than the run is to have.
     """
+    if max_steps is not None and max_steps < done:
+        raise InputError(
+            f"max_steps is {max_steps}, but the run that goes on has done {done} already: raise "
+            "it, or name an earlier checkpoint's folder in resume"
+        )
     if loader.max_epochs is not None and epochs > loader.max_epochs:
         raise InputError(
             f"epochs is {epochs}, but a mixture with a stream in it has no end, so there is one "
             "epoch only: set epochs to 1 and max_steps to what you want"
         )
-    if loader.steps_per_epoch is None:
+    left = loader.steps_left(epochs=epochs)
+    if left is None:
         if max_steps is None:
             raise InputError(
                 "max_steps is missing: nobody knows how long a stream (streaming: true) is, so set "
                 "max_steps"
             )
         return max_steps
-    whole = loader.steps_per_epoch * epochs
-    return whole if max_steps is None else min(whole, max_steps)
+    return done + left if max_steps is None else min(done + left, max_steps)
 
 
 def _cut_note(rows: Rows, max_seq_len: int) -> list[str]:

@@ -68,6 +68,10 @@ class StreamLoader:
                 "step: lower batch_size or gradient_accumulation_steps"
             )
 
+    def steps_left(self, *, epochs: int) -> int | None:
+        """See ``StepLoader``."""
+        return None
+
     def __iter__(self) -> Iterator[Batch]:
         """See ``StepLoader``."""
         for step, _ in self._items(self._beginning, accumulation=1):

@@ -26,9 +26,8 @@ _TABLE_CLASSES = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(str(d).removeprefix("torch.") for d in (
-        torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool))},
+    "torch": {"Size", *(name for name, value in vars(torch).items()
+                        if isinstance(value, torch.dtype))},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }  # fmt: skip
 
@@ -123,6 +122,8 @@ def _read_table(path: Path) -> Metadata:
 def _explained(error: CheckpointException) -> InputError:
     """The first process's reason as a sentence; the others' are mostly its consequences."""
     rank, (cause, _) = min(error.failures.items())
+    if isinstance(cause, KeyboardInterrupt):  # DCP catches that too
+        raise cause
     where = f"process {rank}: " if rank else ""
     return InputError(f"{where}{first_line(_root(cause))}")
 

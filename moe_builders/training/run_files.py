@@ -115,7 +115,12 @@ def start_run_folder(
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not valid JSON: move it away to go on") from error
     starts.append(describe_environment(device=device, num_processes=num_processes))
-    path.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
+    new = path.with_name(path.name + ".new")  # a full disk leaves the old one
+    try:
+        new.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
     metrics = MetricsFile(folder / "metrics.jsonl")
     metrics.truncate_after(step if step > 0 else -1)
     return metrics

@@ -60,14 +60,22 @@ def test_the_newest_counts_by_number_and_old_ones_go(checkpoints):
     assert checkpoints.newest().step == 100
     checkpoints.keep_last = None
     _save(checkpoints, 101)
-    assert len(checkpoints.list()) == 3
+    assert len(checkpoints.survey()) == 3
 
 
-def test_a_step_that_is_there_is_left_alone(checkpoints):
+def test_a_step_that_this_run_has_saved_is_left_alone_and_any_other_is_replaced(checkpoints, world):
     folder = _save(checkpoints, 5)
     before = (folder / "run.json").stat().st_mtime_ns
     assert checkpoints.save(5, _tensors(1), {}, {}) == folder
     assert (folder / "run.json").stat().st_mtime_ns == before
+    other = RunCheckpoints(checkpoints.folder, world=world, keep_last=None)
+    other.save(5, _tensors(1), {"note": "another way"}, {})
+    assert other.newest().facts["note"] == "another way"
+    assert not list(checkpoints.folder.glob(".*"))
+    again = RunCheckpoints(checkpoints.folder, world=world, keep_last=None)
+    again.start_from(5, own=True)
+    again.save(5, _tensors(2), {"note": "gone on from"}, {})
+    assert again.newest().facts["note"] == "another way"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def test_a_damaged_one_is_passed_over_and_named(checkpoints, damage, words):
     folder = _save(checkpoints, 2)
     damage(folder)
     assert checkpoints.newest().step == 1
-    assert words in dict(checkpoints.list())[folder]
+    assert words in dict(checkpoints.survey())[folder]
     with pytest.raises(InputError, match="is not a complete checkpoint") as caught:
         read_checkpoint(folder)
     assert words in str(caught.value)
@@ -108,15 +116,25 @@ def test_half_written_ones_are_never_picked_and_are_swept_up(checkpoints):
 
 
 def test_starting_over_loses_nothing(checkpoints):
-    assert checkpoints.move_aside() is None
+    assert checkpoints.start_from(0, own=False) == []
     _save(checkpoints, 4)
-    assert checkpoints.move_aside().name == "checkpoints.1"
+    (moved,) = checkpoints.start_from(0, own=False)
+    assert "checkpoints.1, since this run goes another way: step_00000004" in moved
     _save(checkpoints, 5)
-    assert checkpoints.move_aside().name == "checkpoints.2"
+    checkpoints.start_from(0, own=False)
     assert checkpoints.newest() is None
     assert (
         read_checkpoint(checkpoints.folder.with_name("checkpoints.1") / "step_00000004").step == 4
     )
+
+
+def test_going_back_moves_what_came_after(checkpoints):
+    checkpoints.keep_last = None
+    for step in (2, 4, 6):
+        _save(checkpoints, step)
+    (moved,) = checkpoints.start_from(2, own=True)
+    assert "step_00000004, step_00000006" in moved
+    assert [path.name for path, _ in checkpoints.survey()] == ["step_00000002"]
 
 
 def _full(*args, **kwargs):
@@ -190,16 +208,39 @@ def test_a_file_in_the_place_of_the_folder(checkpoints):
     assert checkpoints.folder.read_text() == "not a folder"
 
 
-def test_an_old_one_that_cannot_be_removed_is_reported_after_the_new_one_is_whole(
-    checkpoints, monkeypatch
-):
+def test_an_old_one_that_cannot_be_removed_is_told_and_ends_nothing(checkpoints, monkeypatch):
     for step in (1, 2):
         _save(checkpoints, step)
     with monkeypatch.context() as broken:
         broken.setattr(run_checkpoints.shutil, "rmtree", _denied)
-        with pytest.raises(InputError, match=r"old checkpoints in .* cannot be removed: .*denied"):
-            _save(checkpoints, 3)
-    assert checkpoints.newest().step == 3
+        _save(checkpoints, 3)
+        _save(checkpoints, 4)
+    assert checkpoints.newest().step == 4
+    assert any("cannot be removed: [Errno 13] Permission denied" in n for n in checkpoints.notes)
+    assert [path.name for path, _ in checkpoints.survey()] == ["step_00000004", "step_00000003"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder(checkpoints, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(handle)
+
+    monkeypatch.setattr(run_checkpoints.os, "fsync", fsync)
+    _save(checkpoints, 1)
+    assert checkpoints.newest().step == 1
+
+
+def test_every_dtype_comes_back(checkpoints):
+    dtypes = (torch.complex64, torch.float8_e4m3fn, torch.uint16, torch.bool, torch.float64)
+    tensors = {str(d): torch.ones(3).to(d) for d in dtypes}
+    checkpoints.save(1, tensors, {}, {})
+    back = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    checkpoints.newest().read(back)
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 class _Evil:

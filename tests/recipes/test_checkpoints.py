@@ -62,7 +62,9 @@ def test_a_run_that_is_done_has_nothing_left_to_do(tmp_path):
 def test_starting_over_is_asked_for(tmp_path, capsys):
     recipe.main(config(tmp_path, max_steps=2, **EVERY))
     again = recipe.main(config(tmp_path, max_steps=1, resume="never", **EVERY))
-    assert "the checkpoints of an earlier run are in" in capsys.readouterr().out
+    assert "checkpoints.1, since this run goes another way: step_00000002" in (
+        capsys.readouterr().out
+    )
     assert len(again.history) == 1
     assert _names(tmp_path) == ["step_00000001"]
     assert (tmp_path / "checkpoints.1/step_00000002").is_dir()
@@ -149,7 +151,7 @@ def test_a_full_disk_during_a_run(tmp_path, monkeypatch):
 
     def full(path, value):
         calls.append(path)
-        if len(calls) > 2:  # two a checkpoint: the second save fails
+        if len(calls) > 3:  # three a checkpoint: the second save fails
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, value)
 
@@ -218,3 +220,91 @@ def test_the_run_folder(tmp_path):
         "checkpoints", "environment.json", "logs", "metrics.jsonl", "model", "plots",
         "torchtune_config.yaml",
     ]  # fmt: skip
+
+
+def test_going_back_and_another_way_is_what_counts_from_then_on(tmp_path, capsys):
+    recipe.main(config(tmp_path, max_steps=6, **EVERY))
+    back = {"resume": str(tmp_path / "checkpoints/step_00000002"), "optimizer__lr": 1e-2}
+    other = recipe.main(config(tmp_path, max_steps=6, **EVERY | back))
+    assert "since this run goes another way: step_00000004, step_00000006" in (
+        capsys.readouterr().out
+    )
+    again = recipe.main(config(tmp_path, max_steps=6, **EVERY | {"optimizer__lr": 1e-2}))
+    assert [v["loss"] for v in again.history] == [v["loss"] for v in other.history]
+    assert _equal(_weights(again), _weights(other))
+
+
+def test_a_damaged_last_one_is_written_again(tmp_path):
+    whole = recipe.main(config(tmp_path, max_steps=4, **EVERY))
+    (tmp_path / "checkpoints/step_00000004/run.json").write_text("{")
+    again = recipe.main(config(tmp_path, max_steps=4, **EVERY))
+    assert _equal(_weights(again), _weights(whole))
+    assert run_checkpoints.read_checkpoint(tmp_path / "checkpoints/step_00000004").step == 4
+
+
+def test_a_folder_without_a_whole_one_is_not_silently_begun_anew(tmp_path):
+    recipe.main(config(tmp_path, max_steps=2, **EVERY))
+    (tmp_path / "checkpoints/step_00000002/run.json").unlink()
+    with pytest.raises(InputError, match=r"none of the checkpoints in .* is whole \(step_00000002"):
+        recipe.main(config(tmp_path, max_steps=2, **EVERY))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_another_batch_size_sees_the_rest_of_the_epoch_once(tmp_path, batch_size):
+    """80 samples: 8 steps of 4 before, 48 samples left."""
+    cfg = config(tmp_path, max_steps=8, batch_size=4, **EVERY)
+    recipe.main(cfg)
+    again = recipe.main(config(tmp_path, batch_size=batch_size, lr_scheduler=SCHEDULE, **EVERY))
+    assert len(again.history) == 8 + 48 // batch_size
+    assert again.history[-1]["lr"] < 1e-3 * 0.2, "the schedule ends with the run"
+
+
+def test_fewer_steps_than_done(tmp_path):
+    recipe.main(config(tmp_path, max_steps=4, **EVERY))
+    with pytest.raises(InputError, match="max_steps is 3, but the run that goes on has done 4"):
+        recipe.main(config(tmp_path, max_steps=3, **EVERY))
+
+
+def test_a_run_that_has_stopped_early_stays_stopped(tmp_path):
+    keys = {
+        "max_steps": 50, "epochs": 10, "run_val_every_n_steps": 1, "early_stop_patience": 2,
+        "dataset_val": {"_component_": "helpers_train.RaggedDataset", "num_samples": 8, "seed": 9},
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.3},
+    } | EVERY  # fmt: skip
+    first = recipe.main(config(tmp_path, **keys))
+    again = recipe.main(config(tmp_path, **keys))
+    assert again.history == first.history
+    assert again.validations == first.validations
+    assert _equal(_weights(again), _weights(first))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Loss and norm of the step were fine; its update was not."""
+    real = recipe.update
+
+    def update(stepper, scheduler, cfg):
+        norm = real(stepper, scheduler, cfg)
+        with torch.no_grad():
+            stepper.parameters[0].view(-1)[0] = float("inf")
+        return norm
+
+    monkeypatch.setattr(recipe, "update", update)
+    with pytest.raises(InputError, match="is not finite after step 1: training has diverged"):
+        recipe.main(config(tmp_path, max_steps=4, checkpoint_every_n_steps=1))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_optimizers_with_states_of_their_own_kind(tmp_path):
+    """A step that is a plain number, and momentum kept as this process's part alone."""
+    keys = {
+        "optimizer": {"_component_": "helpers_resume.OwnMomentum", "lr": 0.05},
+        "compute_dtype": "bf16",
+        "batch_size": 2,
+        "max_steps": 4,
+        "run_val_every_n_steps": 2,
+        "dataset_val": {"_component_": "helpers_train.RaggedDataset", "num_samples": 8},
+    }
+    for size in (1, 2):
+        cfg = config(tmp_path / str(size), **keys)
+        case = ("helpers_resume.differences_after_resuming", cfg, [2])
+        assert on_ranks(size, {"case": case}, tmp_path)["case"] == {2: []}

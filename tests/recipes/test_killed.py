@@ -67,8 +67,9 @@ def _kill_often(tmp_path, *, kills, size, seed):
     duration = time.monotonic() - started
     moments = random.Random(seed)
     done = in_a_save = finished = attempt = resumed = 0
-    while done < kills:
+    while done < kills or not (resumed and in_a_save):
         attempt += 1
+        assert attempt < 4 * kills + 40, (done, resumed, in_a_save)
         cfg = config(tmp_path / f"killed{finished}", **changes)
         folder = Path(cfg.output_dir) / "checkpoints"
         resumed += any(folder.glob("step_*"))
@@ -85,12 +86,10 @@ def _kill_often(tmp_path, *, kills, size, seed):
             continue
         _kill(processes)
         done += 1
-        found = RunCheckpoints(folder, world=None, keep_last=2).list()
+        found = RunCheckpoints(folder, world=None, keep_last=2).survey()
         assert all(problem is None for _, problem in found), found
     _finish(_launch(cfg, size))
     _assert_same(calm, cfg)
-    assert resumed > 0, "every run began at the start: the test has not tested it"
-    assert in_a_save > 0, "no kill came inside a save: the test has not tested it"
 
 
 def _assert_same(calm, cfg):

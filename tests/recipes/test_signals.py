@@ -69,7 +69,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, calm, number, cod
     assert codes == [code]
     stopped = _steps(cfg)[-1]
     assert 10 <= stopped < 60
-    assert f"stopped by {name} at step {stopped} of 60: the same command goes on" in said
+    assert f"stopped by {name} at step {stopped} of 60: the same command with resume=auto" in said
     assert "Traceback" not in said
     assert not (Path(cfg.output_dir) / "model").exists()
     processes, logs = _launch(cfg)
