@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_builders.checkpoint.folder import check_output_folder
+from moe_builders.checkpoint.folder import check_output_folder, check_writable
 from moe_builders.checkpoint.own import MARKER_NAME, is_own_folder, load_model, save_model
 from moe_builders.checkpoint.stream import materialize
 from moe_builders.decoder import MoEDecoder, initialize
@@ -134,8 +134,9 @@ def check_paths(output: str | Path, *, base_model: str | None) -> None:
     A run writes torchtune_config.yaml, logs/ and model/; a model/ of an earlier run is replaced.
 
     Raises:
-        InputError: a file where a folder must be; a model/ that is the base model or above it, or
-            that no run has written; a base model that is not there or damaged.
+        InputError: a file where a folder must be, or one that cannot be written; a model/ that is
+            the base model or above it, or that no run has written; a base model that is not there
+            or damaged.
     """
     output = Path(output)
     model = output / "model"
@@ -164,6 +165,7 @@ def check_paths(output: str | Path, *, base_model: str | None) -> None:
             f"{model} would be replaced, but no run has written it (there is no "
             "torchtune_config.yaml beside it): choose another output_dir"
         )
+    check_writable(output)
 
 
 def check_fits(

@@ -7,12 +7,15 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moe_builders.errors import InputError
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow")
 
 
 def instantiate(node: Mapping[str, Any], *args: Any, path: str, **kwargs: Any) -> Any:
@@ -78,6 +81,7 @@ def find_component(name: Any, *, path: str) -> Callable[..., Any]:
         if module is None:
             raise InputError(
                 f"{path} is {name!r}, but there is no module {error.name!r}"
+                f"{_remedy(name, error, path)}"
             ) from error
     found = getattr(module, attribute, None)
     if found is None:
@@ -110,6 +114,16 @@ def signature_of(component: Callable[..., Any]) -> inspect.Signature | None:
         except Exception:  # an annotation may be any program
             continue
     return None
+
+
+def _remedy(name: str, error: ModuleNotFoundError, path: str) -> str:
+    """A data file's name in place of a component, or a package that is not there at all."""
+    if path.startswith("dataset") and Path(name).suffix in _DATA_SUFFIXES:
+        return f": to read a file set {path.removesuffix('._component_')}.data_files={name}"
+    package = str(error.name).partition(".")[0]
+    if find_spec(package) is not None:
+        return ""
+    return f": install the package that has it, or start where {package}.py is"
 
 
 def _attribute_path(name: str) -> Any:

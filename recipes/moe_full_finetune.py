@@ -45,7 +45,11 @@ from moe_builders.training.loggers import build_loggers
 from moe_builders.training.low_bit import describe_unquantized
 from moe_builders.training.objective import layer_counts, narrow_to, router_losses
 from moe_builders.training.offloading import activation_offloading, require_gpu
-from moe_builders.training.optimizer import build_optimizer, build_scheduler
+from moe_builders.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    describe_schedule,
+)
 from moe_builders.training.param_groups import freeze, learning_rates
 from moe_builders.training.plots import Plots
 from moe_builders.training.profiling import StepProfiler
@@ -290,7 +294,10 @@ def run(config: RecipeConfig, world: World) -> Trained:
     number = kept.step
     # closed also when a step fails: the bar must not swallow the message
     with profiler, closing(reporter), catch_stop_signals() as request:
-        reporter.say(*kept.notes, *loader.notes, *describe_unquantized(optimizer, model))
+        reporter.say(
+            *kept.notes, *loader.notes, *describe_unquantized(optimizer, model),
+            *describe_schedule(config.lr_scheduler, num_steps=num_steps),
+        )  # fmt: skip
         if number == 0 or due(number, config.run_val_every_n_steps):
             validation_at(number)
         early, stopped = stop_early(), False
@@ -322,7 +329,9 @@ def run(config: RecipeConfig, world: World) -> Trained:
             return Trained(reporter.history, reporter.validations, None, request.exit_code)
         reporter.flush()  # a loss that is not finite stops here, before anything is saved
         if early:
-            reporter.say(f"stopped early at step {number}: no better validation loss lately")
+            best = min(reporter.validations, key=lambda v: v["val_loss"])
+            reporter.say(f"stopped early at step {number}: the best validation loss was "
+                         f"{best['val_loss']:.4f} at step {best['step']}")  # fmt: skip
         validation_at(number)  # a stream may have ended before max_steps
         if config.checkpoint_every_n_steps is not None:
             save_at(number)

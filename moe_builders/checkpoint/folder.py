@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_builders.errors import InputError
+from moe_builders.errors import InputError, lfs_pointer
 from moe_builders.instantiate import first_line
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -92,7 +93,11 @@ class TensorFolder:
             files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
             outside = [name for name in files if Path(name).name != name]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not an index of safetensors files: {error!r}") from error
+            raise InputError(
+                lfs_pointer(path)
+                or f"{path} is not an index of safetensors files ({first_line(error)}): download "
+                "it again"
+            ) from error
         if outside:
             raise InputError(f"{path} names files outside its folder: {', '.join(outside)}")
         missing = [name for name in files if not (self.path / name).is_file()]
@@ -227,6 +232,23 @@ def check_output_folder(path: str | Path) -> None:
             return
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse an output folder that cannot be made or written into, before any work is done.
+
+    A folder is made there (or in the nearest that exists) and removed again: permissions alone do
+    not tell, as on a read-only disk.
+    """
+    path = Path(path).absolute()
+    nearest = next(part for part in (path, *path.parents) if part.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest, prefix=".moe_builders_").cleanup()
+    except OSError as error:
+        raise InputError(
+            f"output_dir {path} cannot be written ({error.strerror}): choose a folder that you "
+            "may write to"
+        ) from error
+
+
 def copy_other_files(origin: Path, folder: Path) -> None:
     """Copy what is neither weights nor hidden: configuration, tokenizer, licence."""
     for file in sorted(origin.iterdir()):
@@ -252,7 +274,8 @@ def _read_header(path: Path) -> dict[str, Entry]:
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is truncated or not a safetensors file (its header cannot be read); "
+            lfs_pointer(path)
+            or f"{path} is truncated or not a safetensors file (its header cannot be read); "
             "download it again"
         ) from error
     if promised != size:

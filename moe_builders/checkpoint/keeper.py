@@ -15,7 +15,8 @@ from moe_builders.training.changes import config_changes
 from moe_builders.training.rng import random_state, set_random_state
 
 _SHOWN = ("history", "validations", "load")
-_UNREMARKABLE = ("resume",)  # keys that say nothing about the run itself
+_UNREMARKABLE = ("resume:", "output_dir:")  # keys that say nothing about the run itself
+_WEIGHTS = ("base_model:", "init_std:")  # keys that say where a run began
 
 
 class Position(Protocol):
@@ -127,7 +128,10 @@ class RunKeeper:
         try:
             notes = [*start.notes, f"going on from {checkpoint.folder} (step {checkpoint.step})"]
             notes += [
-                f"the config differs from the checkpoint's, and the new value counts: {change}"
+                "the config differs from the checkpoint's, whose weights count all the same: "
+                f"{change}"
+                if change.startswith(_WEIGHTS)
+                else f"the config differs from the checkpoint's, and the new value counts: {change}"
                 for change in config_changes(facts["config"], self.settings)
                 if not change.startswith(_UNREMARKABLE)
             ]
@@ -173,7 +177,8 @@ def find_checkpoint(resume: str, checkpoints: RunCheckpoints) -> Start:
     if resume != "auto":
         if not Path(resume).is_dir():
             raise InputError(
-                f"resume is {resume!r}, but must be auto, never, or a checkpoint's folder"
+                f"resume is {resume!r}, but must be auto, never, or the folder of a checkpoint "
+                "that is there"
             )
         chosen = read_checkpoint(resume)
         own = chosen.folder.resolve().parent == checkpoints.folder.resolve()

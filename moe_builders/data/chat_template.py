@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,7 +50,13 @@ def render(
         InputError: the template is broken or refuses these messages.
     """
     try:
-        return _compiled(template).render(
+        compiled = _compiled(template)
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"the chat template is broken at its line {error.lineno}: {first_line(error.message)}"
+        ) from error
+    try:
+        return compiled.render(
             messages=messages,
             tools=None,
             documents=None,

@@ -11,10 +11,12 @@ from typing import Any
 from torch.utils.data import ConcatDataset
 from torchtune.data import OpenAIToMessages, ShareGPTToMessages
 
+from moe_builders.data.tokenizer import shown
 from moe_builders.errors import InputError
 from moe_builders.instantiate import first_line
 
 _SPEAKERS = ("system", "human", "gpt")  # of ShareGPT, as torchtune reads it
+_ROLES = {"system", "user", "assistant"}  # of OpenAI's
 _UNREADABLE = (
     ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, OSError,
 )  # fmt: skip
@@ -58,7 +60,17 @@ def read_document(
     def prepare() -> Any:
         columns = row()
         _refuse_what_is_dropped(dataset, columns, where)
-        return dataset._prepare_sample(columns)
+        try:
+            return dataset._prepare_sample(columns)
+        except ValueError as error:
+            strange = sorted(roles_of(dataset, columns) - _ROLES)
+            if not strange or isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{where} has messages from {', '.join(strange)}, but those of a chat are from "
+                f"system, user and assistant in turn ({first_line(error)}): rename the roles, or "
+                "write what a tool says into the user's message"
+            ) from error
 
     return _checked(prepare, dataset, where)
 
@@ -117,7 +129,23 @@ def _refuse_what_is_dropped(dataset: Any, row: Mapping[str, Any], where: str) ->
     transform = getattr(dataset, "_message_transform", None)
     if not isinstance(transform, OpenAIToMessages):
         return
-    for number, message in enumerate(row[transform._column_map["messages"]]):
+    column = transform._column_map["messages"]
+    messages = row[column]
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise InputError(
+            f"{where} has {shown(messages)} for {column!r}, but must hold a list of messages, "
+            '{"role": "user", "content": "..."} each'
+        )
+    for number, message in enumerate(messages):
+        if message.get("role") is None:
+            style = (
+                "set conversation_style to sharegpt" if "from" in message
+                else "rename them (sharegpt would read 'from' and 'value')"
+            )  # fmt: skip
+            raise InputError(
+                f"{where}: message {number} holds {', '.join(message)}, but conversation_style "
+                f"openai reads 'role' and 'content': {style}"
+            )
         if message.get("tool_calls"):
             raise InputError(
                 f"{where}: message {number} holds tool_calls, which no chat template gets to see "
@@ -125,6 +153,6 @@ def _refuse_what_is_dropped(dataset: Any, row: Mapping[str, Any], where: str) ->
             )
         if "content" in message and not isinstance(message["content"], str | list):
             raise InputError(
-                f"{where}: message {number} has {message['content']!r} for its content, but must "
-                "hold a text"
+                f"{where}: message {number} has {shown(message['content'])} for its content, but "
+                "must hold a text"
             )

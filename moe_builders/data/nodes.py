@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetsError
 
+from moe_builders.data.repairs import broken_line, builder_of, unknown_argument
 from moe_builders.data.tokenizer import HFTokenizer
 from moe_builders.errors import InputError
 from moe_builders.instantiate import component_of, first_line, instantiate, signature_of
@@ -112,6 +114,7 @@ def build_component(one: SetNode, tokenizer: HFTokenizer) -> Any:
     Raises:
         InputError: it cannot be built, in one sentence.
     """
+    _check_source(one)
     try:
         return instantiate(one.component, tokenizer, path=one.path)
     except StopIteration:  # what a file without a byte leads to in datasets' json builder
@@ -130,7 +133,24 @@ def build_component(one: SetNode, tokenizer: HFTokenizer) -> Any:
         ) from error
     except (DatasetsError, OSError, ValueError, TypeError, KeyError) as error:
         where = f" from {one.files}" if one.files else ""
-        raise InputError(f"{one.path} cannot be built{where}: {cause_of(error)}") from error
+        cause = unknown_argument(str(error), one.component)
+        if cause is None and isinstance(error, DatasetsError):
+            cause = broken_line(one.component)
+        cause = cause or cause_of(error)
+        raise InputError(f"{one.path} cannot be built{where}: {cause}") from error
+
+
+def _check_source(one: SetNode) -> None:
+    """A kind of file, or a file itself, where the name of datasets' reader must be."""
+    source = one.component.get("source")
+    kind = builder_of(source)
+    if kind is None:
+        return
+    file = f" and data_files to {source}" if Path(str(source)).is_file() else ""
+    raise InputError(
+        f"{one.path}.source is {source!r}, but must be how to read the files (json, text, csv, "
+        f"parquet), a folder or a name of the hub: set source to {kind}{file}"
+    )
 
 
 def no_samples(path: str, files: str) -> InputError:
@@ -147,6 +167,9 @@ def cause_of(error: BaseException) -> str:
 
 def _with_remedy(error: InputError, one: SetNode) -> InputError:
     split = str(one.component.get("split", ""))
+    unknown = unknown_argument(str(error), one.component)
+    if unknown is not None:
+        return InputError(f"{one.path} cannot be built: {unknown}")
     if one.streaming and "Bad split" in str(error) and "[" in split:
         return InputError(
             f"{one.path}.split is {split!r}, but a stream has no length to take a part of: name "

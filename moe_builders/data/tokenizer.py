@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from moe_builders.data.chat_template import Span, render, render_with_spans
-from moe_builders.errors import InputError
+from moe_builders.errors import InputError, lfs_pointer
 from moe_builders.instantiate import first_line, instantiate
+
+_REPAIR = "mend the row, or leave it out"
 
 
 class HFTokenizer:
@@ -48,8 +50,7 @@ class HFTokenizer:
         self.adds_bos = self.bos_id is not None and config.get("add_bos_token") is not False
         eos = self._special_id(config.get("eos_token"))
         if eos is None:  # some folders name it only here; a list means any of them ends a text
-            ids = generation.get("eos_token_id")
-            eos = next(iter(ids), None) if isinstance(ids, list) else ids
+            eos = _default_eos(generation.get("eos_token_id"))
         self.eos_id: int | None = eos
         pad = self._special_id(config.get("pad_token"))
         # which id pads is of no consequence: padding is masked by length, never by id
@@ -76,7 +77,13 @@ class HFTokenizer:
         self._template_names = {name: text for name, text in named.items() if text is not None}
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """Text -> token ids; bos only if the folder names one and does not switch it off."""
+        """Text -> token ids; bos only if the folder names one and does not switch it off.
+
+        Raises:
+            InputError: not a text.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"its text is {shown(text)}, but must be a text: {_REPAIR}")
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if add_bos and self.adds_bos:
             ids = [self.bos_id, *ids]
@@ -106,6 +113,13 @@ class HFTokenizer:
         """
         if any(message.contains_media for message in messages):
             raise InputError("a message holds an image, but only text can be trained on")
+        for message in messages:
+            for part in message.content:
+                if not isinstance(part["content"], str):
+                    raise InputError(
+                        f"what {message.role!r} says is {shown(part['content'])}, but must be a "
+                        f"text: {_REPAIR}"
+                    )
         contents = [message.text_content for message in messages]
         roles = [message.role for message in messages]
         text, spans = render_with_spans(
@@ -171,17 +185,28 @@ class HFTokenizer:
     @staticmethod
     def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
         """A special token is a string, or an object with its text under "content"."""
-        return token["content"] if isinstance(token, Mapping) else token
+        text = token.get("content", token) if isinstance(token, Mapping) else token
+        if text is not None and not isinstance(text, str):
+            raise InputError(
+                f"tokenizer_config.json names {text!r} as a special token, but it must be a text, "
+                'or {"content": text}'
+            )
+        return text
 
 
 def load_tokenizer(node: Mapping[str, Any] | None, base_model: str | None) -> HFTokenizer:
     """A config's tokenizer component, or the tokenizer in the base model's folder.
 
     Raises:
-        InputError: neither is there.
+        InputError: neither is there, or it cannot be built.
     """
     if node is not None:
-        return instantiate(node, path="tokenizer")
+        try:
+            return instantiate(node, path="tokenizer")
+        except (OSError, RuntimeError, TypeError) as error:  # sentencepiece's, of a missing file
+            raise InputError(
+                f"tokenizer {node['_component_']} cannot be built: {first_line(error)}"
+            ) from error
     if base_model is None:
         raise InputError(
             "there is no tokenizer: set tokenizer to a component, for instance "
@@ -211,8 +236,28 @@ def _given_template(template: str) -> str:
 def _default_template(template: str | list[dict[str, str]] | None) -> str | None:
     """A config holds one template, or a list of named ones."""
     if isinstance(template, list):
-        return next((t["template"] for t in template if t["name"] == "default"), None)
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise InputError(
+            f"chat_template in tokenizer_config.json is {template!r}, but must be a text"
+        )
     return template
+
+
+def _default_eos(ids: Any) -> int | None:
+    """The first of generation_config.json's."""
+    first = next(iter(ids), None) if isinstance(ids, list) else ids
+    if first is not None and not (isinstance(first, int) and first >= 0):
+        raise InputError(
+            f"eos_token_id in generation_config.json is {first!r}, but must be a token's number"
+        )
+    return first
+
+
+def shown(value: Any) -> str:
+    """A value for a message: as YAML and JSON write it, and not too long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
@@ -225,7 +270,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
-            f"{folder / 'tokenizer.json'} cannot be read: {first_line(error)}"
+            lfs_pointer(folder / "tokenizer.json")
+            or f"{folder / 'tokenizer.json'} cannot be read: {first_line(error)}"
         ) from error
     tokenizer.no_truncation()  # a folder may keep both from somebody's training run
     tokenizer.no_padding()

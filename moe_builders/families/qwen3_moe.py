@@ -257,6 +257,13 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in needed if fields.get(name) is None]
     if missing:
         raise InputError(f"config.json of a {MODEL_TYPE} lacks {', '.join(missing)}")
+    sizes = (*needed, "head_dim", "rms_norm_eps", "decoder_sparse_step", "intermediate_size")
+    given = {name: fields[name] for name in sizes if fields.get(name) is not None}
+    wrong = [f"{n}={v!r}" for n, v in given.items() if not _is_size(v, whole=n[0] != "r")]
+    if wrong:
+        raise InputError(
+            f"config.json of a {MODEL_TYPE} holds what must be a number above 0: {', '.join(wrong)}"
+        )
     layers, step = fields["num_hidden_layers"], fields.get("decoder_sparse_step", 1)
     only_dense = fields.get("mlp_only_layers") or []
     return {
@@ -279,6 +286,12 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_dim": fields.get("intermediate_size"),
         "dense_layers": tuple(n for n in range(layers) if n in only_dense or (n + 1) % step != 0),
     }
+
+
+def _is_size(value: Any, *, whole: bool) -> bool:
+    """Above 0, a whole number unless it is one of the rotary base and the norms' epsilon."""
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    return number and value > 0
 
 
 def build(config: Mapping[str, Any]) -> MoEDecoder:

@@ -160,10 +160,14 @@ def _mesh_shape(size: int, dp_replicate: int, dp_shard: int) -> tuple[int, ...]:
             f"dp_replicate is {dp_replicate}, but must divide the number of processes ({size})"
         )
     per_copy = size // dp_replicate
+    if dp_shard < 1 and dp_shard != -1:
+        raise InputError(
+            f"dp_shard is {dp_shard}, but must be -1 (all processes that remain) or {per_copy}"
+        )
     if dp_shard not in (-1, per_copy):
         raise InputError(
             f"dp_replicate ({dp_replicate}) × dp_shard ({dp_shard}) is not the number of "
             f"processes ({size}): set dp_shard to {per_copy} or -1, or launch "
-            f"{dp_replicate * max(dp_shard, 1)}"
+            f"{dp_replicate * dp_shard}"
         )
     return (dp_replicate, per_copy) if dp_replicate > 1 else (per_copy,)

@@ -8,11 +8,24 @@ from typing import Any
 
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from moe_builders.errors import InputError
-from moe_builders.instantiate import did_you_mean, first_line
-from moe_builders.training.schema import above, at_least, check_ranges, one_of
+from moe_builders.instantiate import did_you_mean
+from moe_builders.training.overrides import apply_overrides, one_line
+from moe_builders.training.schema import (
+    above,
+    at_least,
+    check_ranges,
+    elsewhere,
+    one_of,
+    wrong_type,
+)
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64,
@@ -127,6 +140,8 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        raise InputError(f"config {name!r} is a folder, but must be a YAML file or a built-in name")
     root = configs_root()
     built_in = root / f"{name.removesuffix('.yaml')}.yaml"
     if built_in.is_file():
@@ -170,25 +185,10 @@ def load_config(
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # yaml has many error classes without a common public base
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not valid YAML: {_where(error)}{one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path} must hold key: value pairs")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        removal = override.startswith("~")
-        if not (removal or equals) or not key.strip("~") or key.startswith("-"):
-            raise InputError(f"{override!r} is not an override: write key=value, or ~key")
-        try:
-            if removal:
-                _remove(loaded, key[1:])
-            else:
-                _set(loaded, key, value)
-        except InputError:
-            raise
-        except Exception as error:  # yaml's, and lists' when a key asks for what they do not have
-            raise InputError(
-                f"{override!r} cannot be set: {_one_line(error)} (values are read as YAML)"
-            ) from error
+    apply_overrides(loaded, overrides)
     return check_config(loaded, schema)
 
 
@@ -216,10 +216,16 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
         key = str(error.full_key or error.key)
         nested = RouterLossConfig.__dataclass_fields__ | ProfilerConfig.__dataclass_fields__
         known = schema.__dataclass_fields__ | nested
-        near = did_you_mean(key.rpartition(".")[2], known)
+        near = elsewhere(key) or did_you_mean(key.rpartition(".")[2], known)
         raise InputError(f"unknown key {key!r} in the config{near}") from error
+    except InterpolationResolutionError as error:
+        raise InputError(
+            f"{error.full_key}: {one_line(error)} (${{KEY}} stands for another key of the config, "
+            "${oc.env:NAME} for an environment variable)"
+        ) from error
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {_one_line(error)}") from error
+        known = wrong_type(schema, str(error.full_key), given)
+        raise InputError(known or f"{error.full_key}: {one_line(error)}") from error
     assert isinstance(config, RecipeConfig)
     check_ranges(config)
     _check_together(config)
@@ -251,25 +257,21 @@ def _check_together(config: RecipeConfig) -> None:
             "enable_activation_offloading moves what activation checkpointing keeps: set "
             "enable_activation_checkpointing=true too"
         )
+    for key in ("run_val_every_n_steps", "early_stop_patience"):
+        value = getattr(config, key)
+        if value is not None and config.dataset_val is None:
+            raise InputError(
+                f"{key} is {value}, but there is nothing to validate on: set dataset_val, or "
+                f"{key}=null"
+            )
+    if config.early_stop_patience is not None and config.run_val_every_n_steps is None:
+        raise InputError(
+            f"early_stop_patience is {config.early_stop_patience}, but nothing is validated during "
+            "the run: set run_val_every_n_steps, or early_stop_patience=null"
+        )
 
 
-def _set(loaded: DictConfig, key: str, value: str) -> None:
-    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # pyright: ignore
-    if isinstance(parsed, str) and isinstance(old := OmegaConf.select(loaded, key), DictConfig):
-        key += "._component_" if "_component_" in old else ""
-    OmegaConf.update(loaded, key, parsed, merge=False)
-
-
-def _remove(loaded: DictConfig, key: str) -> None:
-    parent, _, last = key.rpartition(".")
-    if not parent:
-        OmegaConf.update(loaded, key, None)
-        return
-    node = OmegaConf.select(loaded, parent)
-    if not isinstance(node, DictConfig) or last not in node:
-        raise InputError(f"~{key}: the config has no {key} to take out")
-    del node[last]
-
-
-def _one_line(error: Exception) -> str:
-    return first_line(getattr(error, "msg", None) or error)
+def _where(error: Exception) -> str:
+    """The place that an error of YAML has marked."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "

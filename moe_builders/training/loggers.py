@@ -12,6 +12,11 @@ from moe_builders.instantiate import first_line, instantiate
 # what torchtune's own need beside it; asked before one is built, as it would leave a traceback
 _NEEDED = {"TensorBoardLogger": "tensorboard", "WandBLogger": "wandb", "CometLogger": "comet_ml"}
 
+_REMEDIES = {
+    "WandBLogger": "run wandb login, or set WANDB_MODE=offline",
+    "CometLogger": "run comet login",
+}
+
 
 def build_loggers(node: Any, *, output_dir: str) -> list[MetricLoggerInterface]:
     """The loggers of a config; without any, a new text file under ``output_dir/logs``.
@@ -26,11 +31,24 @@ def build_loggers(node: Any, *, output_dir: str) -> list[MetricLoggerInterface]:
     by_path = {"metric_logger" if alone else f"metric_logger[{i}]": n for i, n in enumerate(nodes)}
     for path, one in by_path.items():
         _check_package(one, path)
+    return [_build(one, path) for path, one in by_path.items()]
+
+
+def _build(node: Any, path: str) -> MetricLoggerInterface:
     try:
-        return [instantiate(one, path=path) for path, one in by_path.items()]
+        return instantiate(node, path=path)
+    except InputError:
+        raise
     except ImportError as error:
+        raise InputError(f"{path} needs what is not installed: {first_line(error)}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot write: {first_line(error)}") from error
+    except Exception as error:  # a service's own error, such as wandb's without a login
+        name = node["_component_"].rpartition(".")[2]
+        if name not in _REMEDIES:
+            raise
         raise InputError(
-            f"metric_logger needs what is not installed: {first_line(error)}"
+            f"{path}: {name} cannot start ({first_line(error)}): {_REMEDIES[name]}"
         ) from error
 
 

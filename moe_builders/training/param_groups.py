@@ -140,7 +140,7 @@ def _start(group: Mapping[str, Any]) -> float:
 def _search(pattern: str, names: Iterable[str], *, path: str) -> set[str]:
     try:
         return {name for name in names if re.search(pattern, name)}
-    except re.error as error:
+    except (re.error, TypeError) as error:  # a list in place of a text
         raise InputError(f"{path} is {pattern!r}, which is no regex: {error}") from error
 
 

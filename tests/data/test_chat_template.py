@@ -169,7 +169,7 @@ REFUSED = {
     "thought": (QWEN, [("user", "a"), ("assistant", "<think>\nb\n</think>\n\nc")], "changes the"),
     "dropped": ("{{ messages[0].content }}", ONE, "leaves a message of 'assistant' out"),
     "roles": (INST, ONE[::-1], "refuses this conversation: roles must$"),
-    "syntax": ("{% for %}", ONE, "refuses this conversation: "),
+    "syntax": ("{% for %}", ONE, "the chat template is broken at its line 1: Expected"),
     "undefined": ("{{ messages[0].a.b }}", ONE, "refuses this conversation: .* no attribute 'a'"),
     "type": ("{{ 1 + messages[0].content }}", ONE, "refuses this conversation: unsupported"),
     "sandbox": ("{{ messages.__class__.__mro__ }}", ONE, "refuses this conversation: "),

@@ -117,7 +117,7 @@ BAD = {
     "empty split": (lambda f: text_node(f, split="train[:0]"),
                     "dataset holds no samples in .*texts.jsonl"),
     "wrong type": (lambda f: text_node(f, column=3), "dataset.column is 3, but must be a string"),
-    "numbers for text": (lambda f: text_node(f, column="n"), "dataset: sample 0 cannot be used: "),
+    "numbers for text": (lambda f: text_node(f, column="n"), "sample 0: its text is 1, but must"),
     "not a chat": (lambda f: chat_node(f), "dataset: sample 0 has no 'messages'"),
     "style": (lambda f: chat_node(f, conversation_style="xml"),
               "dataset: chat_dataset: Unsupported conversation style: xml"),
@@ -135,9 +135,12 @@ def test_bad_nodes_are_one_sentence(tokenizer, texts, case):
 FILES = {
     "empty": (b"", "dataset holds no samples in .*bad.jsonl"),
     "blank lines": (b"\n\n\n", "dataset holds no samples in .*bad.jsonl"),
-    "not json": (b"hello\n", "dataset cannot be built from .*bad.jsonl: JSON parse error"),
-    "cut short": (b'{"text": "a"}\n{"text": ', "cannot be built from .*bad.jsonl: JSON parse"),
-    "null text": (b'{"text": null}\n{"text": "a"}\n', "dataset: sample 0 cannot be used"),
+    "not json": (b"hello\n", "built from .*bad.jsonl: line 1 is not JSON"),
+    "cut short": (
+        b'{"text": "a"}\n{"text": ',
+        "cannot be built from .*bad.jsonl: line 2 is not JSON",
+    ),
+    "null text": (b'{"text": null}\n{"text": "a"}\n', "dataset: sample 0: its text is null, but"),
     "not utf-8": (b'{"text": "\xff\xfe"}\n', "dataset: sample 0 cannot be used: .utf-8"),
 }
 
@@ -154,7 +157,10 @@ def test_bad_files_are_one_sentence(tokenizer, tmp_path, case):
 CHATS = {
     "one turn": (CHAT[:1], "Messages must be at least length 2"),
     "two users": ([CHAT[0], CHAT[0], CHAT[1]], "Two consecutive user messages"),
-    "no role": ([{"content": "a"}, {"content": "b"}], "sample 0 has no 'role'"),
+    "no role": (
+        [{"content": "a"}, {"content": "b"}],
+        "message 0 holds content, but conversation",
+    ),
 }
 
 
@@ -170,8 +176,8 @@ def test_bad_chats_are_one_sentence(tokenizer, tmp_path, case):
 def test_a_later_sample_that_cannot_be_read_names_its_number(tokenizer, tmp_path):
     rows = [{"text": "a"}, {"text": "b"}, {"text": None}]
     path = write_jsonl(tmp_path / "late.jsonl", rows)
-    with pytest.raises(InputError, match="dataset: sample 2 cannot be used"):
+    with pytest.raises(InputError, match="dataset: sample 2: its text is null"):
         build_dataset(text_node(path, packed=True), tokenizer, max_seq_len=64)
     late = build_dataset(text_node(path), tokenizer, max_seq_len=64, path="dataset_val")
-    with pytest.raises(InputError, match="dataset_val: sample 2 cannot be used"):
+    with pytest.raises(InputError, match="dataset_val: sample 2: its text is null"):
         late[2]

@@ -204,7 +204,8 @@ BAD = {
         {}, r"^dataset: no token of the first 1 rows is trained on: every label is masked, or was "
         r"cut off at max_seq_len \(8\)$"),
     "ShareGPT read as OpenAI": (
-        [{"messages": SHAREGPT}], {}, r"^dataset: sample 0 has no 'role'"),
+        [{"messages": SHAREGPT}], {},
+        r"^dataset: sample 0: message 0 holds from, value, but .*: set conversation_style to sha"),
     "OpenAI read as ShareGPT": (
         [chats(OPENAI)], {"conversation_style": "sharegpt"},
         r"^dataset: sample 0 has a message without 'from': conversation_style sharegpt reads "
@@ -216,11 +217,11 @@ BAD = {
         r"system, human, gpt only: rename it$"),
     "no content": (
         [chats([USER_HI, {"role": "assistant", "content": None}])], {},
-        r"^dataset: sample 0: message 1 has None for its content, but must hold a text$"),
+        r"^dataset: sample 0: message 1 has null for its content, but must hold a text$"),
     "tool calls": (
         [chats([USER_HI, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}])], {},
         r"^dataset: sample 0: message 1 holds tool_calls, which no chat template gets to see"),
-    "not a list": ([chats("hi")], {}, r"^dataset: sample 0 cannot be used: "),
+    "not a list": ([chats("hi")], {}, r"^dataset: sample 0 has 'hi' for 'messages', but must hold"),
     "wrong column": ([chats(OPENAI)], {"conversation_column": "chat"},
                      r"^dataset: sample 0 has no 'chat'; its columns are messages$"),
     "wrong column map": ([{"q": "hi", "a": "two"}],
@@ -244,6 +245,6 @@ def test_wrong_rows_are_one_sentence(tokenizer, tmp_path, case, streaming):
 def test_a_mistake_in_a_list_is_named_by_its_own_set_and_number(tokenizer, tmp_path):
     good = write_jsonl(tmp_path / "good.jsonl", TEXTS)
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "hi"}, {"text": None}])
-    with pytest.raises(InputError, match=r"^dataset\[1\]: sample 1 cannot be used: "):
+    with pytest.raises(InputError, match=r"^dataset\[1\]: sample 1: its text is null"):
         build_loader([text_node(good, packed=True), text_node(bad, packed=True)], tokenizer,
                      Batching(batch_size=1, max_seq_len=8, pad_id=0))  # fmt: skip

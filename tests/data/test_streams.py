@@ -345,7 +345,7 @@ def test_a_broken_line_in_the_middle(tokenizer, tmp_path):
 def test_a_broken_sample_is_named_by_its_number_in_the_file(tokenizer, tmp_path):
     rows = [{"text": "a"}] * 13 + [{"text": None}]
     path = write_jsonl(tmp_path / "late.jsonl", rows)
-    with pytest.raises(InputError, match=r"^dataset: sample 13 cannot be used: "):
+    with pytest.raises(InputError, match=r"^dataset: sample 13: its text is null"):
         list(loader_of(stream(path), tokenizer).steps(epochs=1))
 
 

@@ -83,7 +83,8 @@ def test_meshes_of_a_group_that_is_there_already(fake_group, rank, axes, names, 
         (4, {"dp_shard": 2}, r"dp_replicate \(1\) × dp_shard \(2\) is not the number of processes "
                              r"\(4\): set dp_shard to 4 or -1, or launch 2"),
         (4, {"dp_replicate": 2, "dp_shard": 4}, "set dp_shard to 2 or -1, or launch 8"),
-        (4, {"dp_shard": 0}, "set dp_shard to 4 or -1"),
+        (4, {"dp_shard": 0}, r"dp_shard is 0, but must be -1 \(all processes that remain\) or 4"),
+        (4, {"dp_replicate": 2, "dp_shard": -2}, r"dp_shard is -2, but must be -1 .* or 2$"),
         (1, {"dp_replicate": 2}, r"must divide the number of processes \(1\)"),
     ],
 )  # fmt: skip

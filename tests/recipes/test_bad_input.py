@@ -123,7 +123,7 @@ def in_yaml(node):
 CASES = {
     "unknown key": (("batchsize=4",), "unknown key 'batchsize' in the config (did you mean 'bat"),
     "unknown key inside": (("router_losses.zcoef=1",), "unknown key 'router_losses.zcoef'"),
-    "wrong type": (("batch_size=four",), "batch_size: Value 'four'"),
+    "wrong type": (("batch_size=four",), "batch_size is 'four', but must be an integer"),
     "wrong type in a component": (("dataset.column=3",), "dataset.column is 3, but must be a str"),
     "no optimizer": (("optimizer=null",), "optimizer needs a _component_"),
     "unknown dataset": (("dataset=torchtune.datasets.txt",), "torchtune.datasets has no 'txt'"),

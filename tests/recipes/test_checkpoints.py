@@ -112,7 +112,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
         ({"dataset": {"_component_": "helpers_train.RaggedDataset", "num_samples": 81}},
          "the numbers of rows of the data sets was 80 when it was saved and is now 81"),
         ({"dataset": {"_component_": "helpers_train.RaggedDataset", "packed": True}}, "packed"),
-        ({"resume": "no"}, "resume is 'no', but must be auto, never, or a checkpoint's folder"),
+        ({"resume": "no"}, "resume is 'no', but must be auto, never, or the folder of"),
         ({"resume": str(Path(__file__).parent)}, "recipes is not a complete checkpoint: run.json"),
     ],
     ids=["optimizer", "model", "dtype", "rows", "packed", "word", "folder"],

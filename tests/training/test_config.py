@@ -133,16 +133,19 @@ def test_interpolation_inside_the_file(parse):
         ("~foo", "unknown key 'foo' in the config"),
         ("~optimizer.foo", "~optimizer.foo: the config has no optimizer.foo to take out"),
         ("~dataset.nested.deep.foo", "the config has no dataset.nested.deep.foo to take out"),
-        ("batch_size=abc", "batch_size: Value 'abc' of type 'str' could not be converted to Int"),
-        ("batch_size=1.5", "batch_size: Value '1.5' of type 'float' could not be converted"),
-        ("batch_size=[1]", "batch_size: "),
-        ("batch_size=", "batch_size: Incompatible value 'None' for field of type 'int'"),
-        ("shuffle=maybe", "shuffle: Value 'maybe' is not a valid bool"),
-        ("clip_grad_norm=one", "clip_grad_norm: Value 'one' of type 'str' could not be converted"),
-        ("seed.x=1", "seed: "),
+        ("batch_size=abc", "batch_size is 'abc', but must be an integer"),
+        ("batch_size=1.5", "batch_size is 1.5, but must be an integer"),
+        ("batch_size=[1]", "batch_size is [1], but must be an integer"),
+        ("batch_size=", "batch_size is null, but must be an integer: write batch_size=VALUE, or "
+                        "leave it out for 1"),
+        ("shuffle=maybe", "shuffle is 'maybe', but must be true or false"),
+        ("clip_grad_norm=one", "clip_grad_norm is 'one', but must be a number or null"),
+        ("seed.x=1", "seed is {'x': 1}, but must be an integer"),
+        ("router_losses.z_coef=[1]", "router_losses.z_coef is [1], but must be a number"),
+        ("freeze=3", "freeze is 3, but must be a list"),
         ("router_losses=3", "router_losses is 3, but must hold key: value pairs"),
         ("router_losses=null", "router_losses is None, but must hold key: value pairs"),
-        ("output_dir=null", "output_dir: Incompatible value 'None' for field of type 'str'"),
+        ("output_dir=null", "output_dir is null, but must be a text: write output_dir=VALUE"),
         ("output_dir=${nope}", "output_dir: Interpolation key 'nope' not found"),
         ("output_dir=${nope", "'output_dir=${nope' cannot be set: "),
         ("optimizer={a", "'optimizer={a' cannot be set: "),
@@ -150,7 +153,11 @@ def test_interpolation_inside_the_file(parse):
         ("foo", "'foo' is not an override: write key=value, or ~key"),
         ("=3", "'=3' is not an override: write key=value, or ~key"),
         ("~", "'~' is not an override: write key=value, or ~key"),
-        ("--batch_size=4", "'--batch_size=4' is not an override: write key=value, or ~key"),
+        ("--batch_size=4", "'--batch_size=4' is not an override: write batch_size=4"),
+        ("--", "'--' is not an override: write key=value, or ~key"),
+        ("--foo", "'--foo' is not an override: write key=value, or ~key"),
+        ("early_stop_patience=2", "early_stop_patience is 2, but there is nothing to validate on"),
+        ("run_val_every_n_steps=2", "run_val_every_n_steps is 2, but there is nothing to valid"),
         ("dataset.column=???", "the config lacks a value for dataset.column: set it in the file"),
         ("compute_dtype=int8", "compute_dtype is 'int8', but must be one of fp32, bf16, fp64"),
         ("param_dtype=fp16", "param_dtype is 'fp16', but must be one of fp32, bf16, fp64"),
@@ -175,6 +182,23 @@ def test_interpolation_inside_the_file(parse):
 )  # fmt: skip
 def test_bad_overrides(refusal, override, message):
     assert message in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("batch_size = 2", "batch_size=2"),
+        ("batch_size =2", "batch_size=2"),
+        ("batch_size= 2", "batch_size=2"),
+        ("--batch_size 2", "batch_size=2"),
+        ("-batch_size 2", "batch_size=2"),
+        ("seed=1 --batch_size=2", "batch_size=2"),
+        ("foo seed=1", "key=value, or ~key"),
+        ("= 2", "key=value, or ~key"),
+    ],
+)
+def test_what_blanks_and_dashes_were_meant_to_be(refusal, typed, meant):
+    assert f"is not an override: write {meant}" in refusal(*typed.split())
 
 
 @quick
@@ -204,7 +228,11 @@ def test_no_override_ends_in_another_error(tmp_path_factory, key, value):
         ("seed: 1\nseed: 2\n", "found duplicate key seed"),
         (BASE + "1: 2\n", "unknown key '1' in the config"),
         (BASE + "router_losses: {coef: 1}\n", "unknown key 'router_losses.coef' in the config"),
-        (BASE + "batch_size: {a: 1}\n", "batch_size: "),
+        (BASE + "batch_size: {a: 1}\n", "batch_size is {'a': 1}, but must be an integer"),
+        (
+            BASE + "dataset_val: {}\nearly_stop_patience: 2\n",
+            "early_stop_patience is 2, but nothing is validated during the run: set run_val",
+        ),
     ],
 )
 def test_bad_files(refusal, text, message):

@@ -6,7 +6,7 @@ from torch import nn
 from torchtune.training import get_cosine_schedule_with_warmup
 
 from moe_builders.errors import InputError
-from moe_builders.training.optimizer import build_optimizer, build_scheduler
+from moe_builders.training.optimizer import build_optimizer, build_scheduler, describe_schedule
 
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3}
 COSINE = {"_component_": "torchtune.training.get_cosine_schedule_with_warmup",
@@ -86,7 +86,20 @@ def test_torchaos_by_their_own_name_are_refused_with_ours(name, dtype):
         (ADAMW | {"fused": "yes"}, "optimizer.fused is 'yes', but must be true or false or null"),
         (ADAMW | {"lr": -1.0}, "optimizer: AdamW: Invalid learning rate: -1.0"),
         (ADAMW | {"lr": "high"}, "optimizer.lr is the text 'high', but must be a number"),
-        (ADAMW | {"lr": None}, "optimizer: .*"),
+        (ADAMW | {"lr": None}, "optimizer.lr is null, but must be a number: set it"),
+        (ADAMW | {"lr": float("nan")}, "optimizer.lr is nan, but must be a finite number"),
+        (ADAMW | {"lr": float("inf")}, "optimizer.lr is inf, but must be a finite number"),
+        (ADAMW | {"lr": [1]}, "optimizer: '.=' not supported"),
+        (ADAMW | {"betas": 0.9}, r"optimizer.betas is 0.9, but must be a list of 2 numbers, such"),
+        (ADAMW | {"betas": [0.9]}, r"optimizer.betas is \[0.9\], but must be a list of 2 numbers"),
+        (ADAMW | {"betas": [0.9, "x"]}, "but must be a list of 2 numbers"),
+        ({"_component_": "torch.optim.SGD", "momentum": None}, "optimizer.momentum is None, but"),
+        ({"_component_": "torch.zeros"}, "optimizer._component_ names zeros, which is no optimiz"),
+        ({"_component_": "builtins.list"}, "optimizer._component_ names list, which is no optimi"),
+        ({"_component_": "builtins.sorted"}, "names sorted, which is no optimizer"),
+        ({"_component_": "torch.optim.LBFGS"}, r"LBFGS computes the loss several times a step"),
+        ({"_component_": "torch.optim.SparseAdam"}, "SparseAdam takes sparse gradients alone"),
+        ({"_component_": "torch.optim.Muon"}, r"Muon takes matrices alone, but 0.bias is .4"),
         (ADAMW | {"params": []}, "optimizer: AdamW: multiple values for argument 'params'"),
         ({"_component_": "torch.optim.AdmW"}, r"torch.optim has no 'AdmW' \(did you mean"),
     ],
@@ -130,9 +143,35 @@ def test_schedules_that_do_not_ask_for_the_number_of_steps():
         (COSINE | {"num_warmup_stepz": 2}, r"unknown key lr_scheduler.num_warmup_stepz \(did you"),
         (COSINE | {"num_warmup_steps": 0.1}, "lr_scheduler.num_warmup_steps is 0.1, but must be a"),
         ("cosine", "lr_scheduler needs a _component_"),
+        ({"_component_": "torch.optim.AdamW"}, "lr_scheduler._component_ names AdamW, which"),
+        ({"_component_": "torch.optim.Optimizer", "defaults": {}}, "names Optimizer, which"),
+        ({"_component_": "builtins.id"}, "lr_scheduler._component_ names id, which makes no sched"),
+        ({"_component_": "torch.optim.lr_scheduler.ReduceLROnPlateau"},
+         "ReduceLROnPlateau asks for metrics at each step"),
     ],
 )  # fmt: skip
 def test_bad_schedules_are_one_sentence(node, message):
     with pytest.raises(InputError, match=message) as caught:
         build_scheduler(node, build_optimizer(ADAMW, model()), num_steps=10)
     assert "\n" not in str(caught.value)
+
+
+def test_muon_over_matrices_alone():
+    net = nn.Linear(3, 4, bias=False)
+    assert type(build_optimizer({"_component_": "torch.optim.Muon"}, net)) is torch.optim.Muon
+
+
+@pytest.mark.parametrize(
+    ("warmup", "said"),
+    [
+        (9, []),
+        (10, ["lr_scheduler.num_warmup_steps is 10, but the run has 10 steps"]),
+        (11, ["11"]),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_said(warmup, said):
+    found = describe_schedule(COSINE | {"num_warmup_steps": warmup}, num_steps=10)
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+    assert describe_schedule(None, num_steps=1) == []
+    assert describe_schedule({"_component_": "a.b"}, num_steps=1) == []
