@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install
 	$(BIN)/python examples/python_stdlib/prepare.py --out $(OUT)
 	$(BIN)/tune run moe_full_finetune --config qwen3_moe/python_stdlib \
-	  base_model=$(OUT)/base output_dir=$(OUT)/run \
+	  base_model=$(OUT)/base output_dir=$(OUT)/run plots=true \
 	  dataset.data_files=$(OUT)/train.jsonl dataset_val.data_files=$(OUT)/heldout.jsonl
 	$(BIN)/python examples/python_stdlib/report.py \
 	  --base $(OUT)/base --tuned $(OUT)/run/model --data $(OUT) --out $(OUT)/report
