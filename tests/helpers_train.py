@@ -1,6 +1,7 @@
 """Small runs of the real recipe, in this process or on spawned gloo ranks."""
 
 import faulthandler
+import gc
 import importlib
 import uuid
 
@@ -196,6 +197,7 @@ def _rank(rank, size, meeting, cases, folder):
     answers = {name: _find(function)(*args) for name, (function, *args) in cases.items()}
     if rank == 0:
         torch.save(answers, f"{folder}/ranks{size}.pt")
+    gc.collect()  # what still holds the group must let go of it before, not at the very end
     torch.distributed.destroy_process_group()
 
 

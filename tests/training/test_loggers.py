@@ -145,6 +145,7 @@ def test_wandb_gets_every_number_at_its_step(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it reads these once a process, and another test may have started it
     node = {"_component_": f"{TUNE}.WandBLogger", "project": "moe", "log_dir": str(tmp_path)}
     trained = recipe.main(config(tmp_path, metric_logger=node, dataset_val=VAL, max_steps=3))
     wandb.teardown()
