@@ -131,9 +131,8 @@ def step_totals(step: list[Batch], world: World, *, stop: bool) -> dict[str, Ten
     """Sums over the step and all processes: labelled and real tokens (at least 1 each), attended
     pairs, cut samples, and how many processes are asked to stop."""
     own = [(b.num_labels, b.num_real, b.attended_pairs, b.num_cut) for b in step]
-    labels, real, pairs, cut, stops = world.sum(
-        world.send(torch.tensor([*torch.tensor(own).sum(0), stop]))
-    )
+    sums = torch.tensor([*map(sum, zip(*own, strict=True)), stop])
+    labels, real, pairs, cut, stops = world.sum(world.send(sums))
     tokens = {"labels": labels.clamp(min=1), "tokens": real.clamp(min=1), "pairs": pairs}
     return tokens | {"cut_samples": cut, "stop": stops}
 

@@ -1,1 +1,1 @@
-"""Safetensors folders: read by slice, written file by file, filled into sharded models."""
+"""Model folders (safetensors, streamed by slice) and the checkpoints a run goes on from (DCP)."""

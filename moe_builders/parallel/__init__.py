@@ -1,1 +1,1 @@
-"""The only folder that knows of processes: world, sharding plan, global norm."""
+"""The only folder that knows of processes: world, launch, sharding, global norm, DCP files."""

@@ -33,19 +33,6 @@ TOKENIZER = "tokenizer={_component_: moe_builders.data.tokenizer.HFTokenizer, pa
 OWN = (f"model={{_component_: {TINY}, vocab_size: {VOCAB}}}", "~base_model")
 
 
-class LongSample:
-    """Its last sample is longer than any row."""
-
-    def __init__(self, tokenizer):
-        self.lengths = [5] * 7 + [40]
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __getitem__(self, index):
-        return {"tokens": [1] * self.lengths[index], "labels": [1] * self.lengths[index]}
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
@@ -294,7 +281,7 @@ def test_a_saved_model_says_how_to_go_on(place, fails):
 def test_a_sample_too_long_ends_the_run_with_a_sentence(place, base, capsys):
     """Only found on the way: the log of this run stays, and so does the model of the last one."""
     before = snapshot(base, place / "out/model", place / "out/notes.txt")
-    argv = ["--config", "good.yaml", "dataset={_component_: test_bad_input.LongSample}",
+    argv = ["--config", "good.yaml", "dataset={_component_: helpers_troubleshooting.Long}",
             "shuffle=false", "long_samples=refuse"]  # fmt: skip
     assert launch(recipe.main, lambda: parse_command_line(argv)) == 2
     lines = capsys.readouterr().err.splitlines()
