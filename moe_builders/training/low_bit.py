@@ -160,13 +160,39 @@ class _OnShards:
                 self.state[parameter][key] = value.to(device)
 
 
-class AdamW8bit(_OnShards, torchao.optim.AdamW8bit):
+class _Quantised(_OnShards):
+    """The constructor of those that quantise; they differ in ``block`` and torchao's class."""
+
+    block: int
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        block_size: int | None = None,
+        bf16_stochastic_round: bool = True,
+        quantize: bool = True,
+        rounding_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay,  # pyright: ignore[reportCallIssue] torchao's comes next
+            block_size=_positive(self.block if block_size is None else block_size),
+            bf16_stochastic_round=bf16_stochastic_round,
+        )  # fmt: skip
+        self._finish(quantize=quantize, rounding_seed=rounding_seed)
+
+
+class AdamW8bit(_Quantised, torchao.optim.AdamW8bit):
     """AdamW with 8-bit states, quantised in blocks: 2.03 bytes a parameter for both.
 
     Args:
         params: parameters or groups; a group may differ in lr, betas, eps, weight_decay, quantize.
         lr, betas, eps, weight_decay: as torch's AdamW.
-        block_size: values that share a scale.
+        block_size: values that share a scale; None: 256 (``AdamW4bit``: 128).
         bf16_stochastic_round: round bf16 weights up or down by chance, so that updates smaller
             than their resolution count on average; no effect on fp32 weights.
         quantize: False: fp32 states.
@@ -178,50 +204,16 @@ class AdamW8bit(_OnShards, torchao.optim.AdamW8bit):
     Source: Dettmers et al. 2022 (2110.02861), as in torchao; it compiles one update a shape.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        block_size: int = 256,
-        bf16_stochastic_round: bool = True,
-        quantize: bool = True,
-        rounding_seed: int = 0,
-    ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay,
-            block_size=_positive(block_size), bf16_stochastic_round=bf16_stochastic_round,
-        )  # fmt: skip
-        self._finish(quantize=quantize, rounding_seed=rounding_seed)
+    block = 256
 
 
-class AdamW4bit(_OnShards, torchao.optim.AdamW4bit):
+class AdamW4bit(_Quantised, torchao.optim.AdamW4bit):
     """AdamW with 4-bit states: 1.06 bytes a parameter for both; else as ``AdamW8bit``.
 
     Source: Li et al. 2023 (2309.01507), as in torchao.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        block_size: int = 128,
-        bf16_stochastic_round: bool = True,
-        quantize: bool = True,
-        rounding_seed: int = 0,
-    ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay,
-            block_size=_positive(block_size), bf16_stochastic_round=bf16_stochastic_round,
-        )  # fmt: skip
-        self._finish(quantize=quantize, rounding_seed=rounding_seed)
+    block = 128
 
 
 class AdamW(_OnShards, torchao.optim._AdamW):
