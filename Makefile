@@ -9,7 +9,7 @@ OUT ?= out/python_stdlib
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install train test test-full check format docs clean
+.PHONY: install train test test-full support-table check format docs clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ test-full: install
 	{ echo "commit $$(git rev-parse --short HEAD)"; uname -srm; $(BIN)/python -V; \
 	  $(BIN)/python -m pip freeze | grep -iE '^(torch|torchtune|torchao|transformers)=='; \
 	  $(BIN)/python -m pytest -p no:cacheprovider; } 2>&1 | tee tests/results/test_full.txt
+
+# README's table of families and tests/results/families.json, from the tests' results
+support-table: install
+	$(BIN)/python tests/support_table.py
 
 check: install
 	$(BIN)/ruff check .

@@ -10,17 +10,21 @@ import torch
 from moe_builders.checkpoint.folder import check_output_folder, check_writable
 from moe_builders.checkpoint.own import MARKER_NAME, is_own_folder, load_model, save_model
 from moe_builders.checkpoint.stream import materialize
-from moe_builders.decoder import MoEDecoder, initialize
+from moe_builders.decoder import MoEDecoder
 from moe_builders.errors import InputError
 from moe_builders.hub import (
     HFSource,
     build_hf_model,
+    carried_over,
     load_hf_weights,
     read_hf_source,
     save_hf_model,
 )
+from moe_builders.initialization import initialize
 from moe_builders.instantiate import instantiate
 from moe_builders.routing import storage_dtype
+
+_SHOWN = 3  # names of tensors in a note
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,36 @@ class BaseModel:
         """The HF folder's layout as text, to be kept in checkpoints."""
         return None if self.source is None else self.source.to_json()
 
-    def fill(self, device: torch.device, *, weights: bool = True) -> MoEDecoder:
+    @property
+    def notes(self) -> list[str]:
+        """Sentences worth telling before training: what of the folder the model leaves alone."""
+        names = [] if self.source is None else carried_over(self.model, self.source)
+        if not names:
+            return []
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        quantised = self.source is not None and self.source.is_quantized
+        how = "found, or in bf16 if quantised" if quantised else "found"
+        what = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+        return [
+            f"{what} of {self.folder} without a place in the model will not be trained, and will "
+            f"be exported as {how}: {', '.join(names[:_SHOWN])}{more}"
+        ]
+
+    def fill(self, device: torch.device, *, weights: bool = True, show: bool = False) -> MoEDecoder:
         """Stream the weights in, sharded or not; each process reads its own slices.
 
         Args:
             device: where to.
             weights: False: only make room for those that a checkpoint gives.
+            show: with a progress bar, on a terminal.
         """
         if not weights:
             if self.folder is not None:
                 materialize(self.model, device)
         elif self.source is not None:
-            load_hf_weights(self.model, self.source, device=device)
+            load_hf_weights(self.model, self.source, device=device, show=show)
         elif self.folder is not None:
-            load_model(self.model, self.folder, device=device)
+            load_model(self.model, self.folder, device=device, show=show)
         return self.model
 
     def save(self, path: str | Path, *, write: bool) -> None:

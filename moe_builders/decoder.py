@@ -6,10 +6,9 @@ Letters: b batch · s sequence · t = b·s tokens · d dim · v vocabulary.
 import copy
 import functools
 import inspect
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from moe_builders.moe import MoE
 from moe_builders.routing import TokenInfo
 
 LayerBuilder = nn.Module | Callable[[int], nn.Module]
+NormPosition = Literal["before", "after"]
 
 
 class MoEDecoderLayer(TransformerSelfAttentionLayer):
@@ -72,11 +72,15 @@ class MoEDecoder(TransformerDecoder):
             backward somewhere else (``torch.autograd.graph.saved_tensors_hooks``).
         probe: called with (name, [b, s, d]) of the embedding and of each layer's output, in every
             forward but not in its recomputation; None: nobody looks.
+        embedding_scale: multiplies the embeddings.
+        logits_scale: multiplies the logits.
     """
 
     activation_checkpointing = False
     kept_activations: AbstractContextManager = nullcontext()
     probe: Callable[[str, Tensor], None] | None = None
+    embedding_scale = 1.0
+    logits_scale = 1.0
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -104,6 +108,8 @@ class MoEDecoder(TransformerDecoder):
             rows = torch.arange(b, device=tokens.device).repeat_interleave(s)  # [t]
             info = TokenInfo(sequence_ids=rows, input_ids=tokens.flatten())
         h = self.tok_embeddings(tokens)  # [b, s, d]
+        if self.embedding_scale != 1.0:
+            h = h * self.embedding_scale
         if self.probe is not None:
             self.probe("tok_embeddings", h)
         with self.kept_activations:
@@ -128,9 +134,12 @@ class MoEDecoder(TransformerDecoder):
         """[b, s, d] -> logits; torchtune's own would round fp64 to fp32."""
         h = self.norm(h)
         if self.num_output_chunks > 0:
-            return self.chunked_output(h)  # pyright: ignore (torch's decorator hides its type)
+            chunks: Any = self.chunked_output(h)  # pyright: ignore (torch hides its type)
+            return chunks if self.logits_scale == 1.0 else [c * self.logits_scale for c in chunks]
         project: Callable[[Tensor], Tensor] = self.output  # pyright: ignore[reportAssignmentType]
         logits = project(h)  # [b, s, v]
+        if self.logits_scale != 1.0:
+            logits = logits * self.logits_scale
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -146,8 +155,13 @@ def moe_decoder(
     mlp: LayerBuilder,
     norm_eps: float = 1e-6,
     tie_word_embeddings: bool = False,
+    output_bias: bool = False,
+    norm_position: NormPosition = "before",
+    residual_scale: float = 1.0,
+    embedding_scale: float = 1.0,
+    logits_scale: float = 1.0,
 ) -> MoEDecoder:
-    """Assemble a pre-norm decoder from an attention and an mlp per layer.
+    """Assemble a decoder from an attention and an mlp per layer.
 
     Args:
         vocab_size: v.
@@ -160,28 +174,39 @@ def moe_decoder(
             ``info`` (as ``MoE``'s has) is told which tokens are real.
         norm_eps: of every RMSNorm.
         tie_word_embeddings: the output shares the embedding's weight.
+        output_bias: the output has a bias; not with tied embeddings.
+        norm_position: a layer's norms see what goes into attention and mlp ("before", nearly all
+            models) or what comes out of them ("after", OLMo 2).
+        residual_scale: multiplies what comes out of them.
+        embedding_scale, logits_scale: of ``MoEDecoder``.
 
     Raises:
-        InputError: num_layers below 1.
+        InputError: num_layers below 1, an unknown norm_position, or an output_bias with tied
+            embeddings.
     """
     if num_layers < 1:
         raise InputError(f"num_layers is {num_layers}, but a decoder needs at least 1")
+    if norm_position not in get_args(NormPosition):
+        raise InputError(f"norm_position {norm_position!r} is not one of before, after")
+    if norm_position == "after" and residual_scale != 1.0:
+        raise InputError("residual_scale needs norm_position 'before'")
+    if output_bias and tie_word_embeddings:
+        raise InputError("an output that is the embedding has no bias of its own: untie them")
     tok_embeddings = nn.Embedding(vocab_size, embed_dim)
     output = (
         TiedLinear(tok_embeddings)
         if tie_word_embeddings
-        else nn.Linear(embed_dim, vocab_size, bias=False)
+        else nn.Linear(embed_dim, vocab_size, bias=output_bias)
     )
     layers = [
         MoEDecoderLayer(
             attn=_build(attention, number),  # pyright: ignore[reportArgumentType]
             mlp=_build(mlp, number),
-            sa_norm=nn.RMSNorm(embed_dim, eps=norm_eps),
-            mlp_norm=nn.RMSNorm(embed_dim, eps=norm_eps),
+            **_around_branches(embed_dim, norm_eps, norm_position, residual_scale),
         )
         for number in range(num_layers)
     ]
-    return MoEDecoder(
+    decoder = MoEDecoder(
         tok_embeddings=tok_embeddings,
         layers=nn.ModuleList(layers),
         max_seq_len=max_seq_len,
@@ -190,27 +215,32 @@ def moe_decoder(
         norm=nn.RMSNorm(embed_dim, eps=norm_eps),
         output=output,
     )
+    decoder.embedding_scale, decoder.logits_scale = embedding_scale, logits_scale
+    return decoder
 
 
-def initial_value(name: str, like: Tensor, *, seed: int, std: float = 0.02) -> Tensor:
-    """A fresh value of one parameter or buffer on the CPU: the same on any number of processes.
+class _Scale(nn.Module):
+    """x -> factor · x."""
 
-    Matrices N(0, std); norm weights 1; biases and buffers 0. Each name has a random stream of its
-    own, so that neither order nor sharding matters.
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
 
-    Args:
-        name: dotted parameter name.
-        like: gives global shape and dtype.
-        seed: of the run.
-        std: of the matrices.
-    """
-    value = torch.zeros(like.shape, dtype=like.dtype)
-    if name.endswith(("norm.weight", ".scale")):  # torch's and torchtune's RMSNorm
-        return value.fill_(1)
-    if name.endswith("bias"):
-        return value
-    stream = torch.Generator().manual_seed((zlib.crc32(name.encode()) << 20) ^ seed)
-    return value.normal_(0, std, generator=stream)
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def _around_branches(
+    dim: int, eps: float, position: NormPosition, residual_scale: float
+) -> dict[str, nn.Module]:
+    """What torchtune's layer puts before (``_norm``) and after (``_scale``) its two branches."""
+    place = "norm" if position == "before" else "scale"
+    modules: dict[str, nn.Module] = {
+        f"{branch}_{place}": nn.RMSNorm(dim, eps=eps) for branch in ("sa", "mlp")
+    }
+    if residual_scale != 1.0:
+        modules |= {f"{branch}_scale": _Scale(residual_scale) for branch in ("sa", "mlp")}
+    return modules
 
 
 def _recomputation_contexts(
@@ -233,26 +263,6 @@ def _keep_last_routing(layer: nn.Module) -> Iterator[None]:
     finally:
         for module, routing in kept:
             module.last_routing = routing
-
-
-def initialize(model: nn.Module, *, seed: int, std: float | None) -> None:
-    """Give every matrix of a model on the CPU its ``initial_value``.
-
-    What has fewer than two dims (norm weights, biases, a router's temperature) and all buffers
-    stay as their modules made them.
-
-    Args:
-        model: real, not on the meta device.
-        seed: of the run.
-        std: of the matrices; None: keep what the modules drew when they were built.
-    """
-    if std is None:
-        return
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            parameter.copy_(initial_value(name, parameter, seed=seed, std=std))
 
 
 def _build(builder: LayerBuilder, number: int) -> nn.Module:

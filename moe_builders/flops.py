@@ -1,6 +1,6 @@
 """What a model costs: FLOPs of a step, active parameters, and the peak of the GPU it runs on.
 
-Letters: e num_experts · k experts_per_token · n heads · r head_dim.
+Letters: e num_experts · k experts_per_token.
 """
 
 import re
@@ -43,6 +43,9 @@ class ModelFlops:
     scores and values, the output. Norms, activations, softmax and biases are not, nor is what
     activation checkpointing computes a second time. Pairs are those that may attend, as in
     Megatron-LM and NeMo; PaLM and torchtitan count the whole square, which flatters long rows.
+
+    A layer with a sliding window attends to fewer pairs than are counted for it (all causal ones
+    of a document): where documents are longer than the window, the number is an upper bound.
     """
 
     per_token: float
@@ -144,13 +147,7 @@ def model_flops(model: nn.Module) -> ModelFlops:
     per_pair = 0.0
     layers: Any = model.layers
     for layer in layers:
-        heads, width = (getattr(layer.attn, key, None) for key in ("num_heads", "head_dim"))
-        if heads is None or width is None:
-            raise InputError(
-                f"FLOPs of the attention {type(layer.attn).__name__} are not known: give it "
-                "attributes num_heads and head_dim"
-            )
-        per_pair += 4 * heads * width  # scores and values
+        per_pair += _per_pair(layer.attn)
     return ModelFlops(per_token, per_pair)
 
 
@@ -174,6 +171,17 @@ def known_peak_tflops(device_name: str) -> float | None:
     """Dense bf16 TFLOP/s of a GPU as its vendor states them; None for one not in the table."""
     found = (peak for pattern, peak in _PEAKS if re.fullmatch(pattern, device_name))
     return None if "MIG" in device_name else next(found, None)
+
+
+def _per_pair(attention: Any) -> float:
+    """Scores of one (query, key) pair, and its part of the values; of all heads of a layer."""
+    heads, width = (getattr(attention, key, None) for key in ("num_heads", "head_dim"))
+    if heads is None or width is None:
+        raise InputError(
+            f"FLOPs of the attention {type(attention).__name__} are not known: give it "
+            "attributes num_heads and head_dim (and v_head_dim where values have another width)"
+        )
+    return 2 * heads * (width + getattr(attention, "v_head_dim", width))
 
 
 def _expert_shares(model: nn.Module) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """Hugging Face folders in and out: a model comes in by its rows and leaves by the same rows."""
 
+import functools
 import json
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from torch import nn
 
 from moe_builders.checkpoint.folder import (
     INDEX_NAME,
-    SINGLE_NAME,
-    Entry,
-    TensorFolder,
+    MAX_FILE_BYTES,
+    TensorSource,
     check_output_folder,
     copy_other_files,
     publish,
+    split_into_files,
     write_tensors,
 )
+from moe_builders.checkpoint.quantized import open_tensors
 from moe_builders.checkpoint.stream import (
     check_complete,
     load_pieces,
@@ -29,92 +30,24 @@ from moe_builders.checkpoint.stream import (
     model_shapes,
     take_pieces,
 )
-from moe_builders.decoder import MoEDecoder, initial_value
+from moe_builders.decoder import MoEDecoder
 from moe_builders.errors import InputError
-from moe_builders.families import BY_MODEL_TYPE
+from moe_builders.hf_source import (
+    HFSource,
+    find_family,
+    is_hf_folder,
+    read_hf_source,
+    unquantized_config,
+)
+from moe_builders.initialization import initial_value
 from moe_builders.parallel.sharding import raise_together
+from moe_builders.pieces import Piece
 from moe_builders.routing import storage_dtype
-from moe_builders.weights import Piece, make_plan, passes_through
+from moe_builders.weights import carried_names, make_plan
 
 _TORCH_DTYPES = {  # by safetensors' names: what weights that can be trained are stored as
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HFSource:
-    """Where a model came from, and all that is needed to write it back the same way.
-
-    Attributes:
-        folder: its path; configuration and tokenizer files are copied from there on export.
-        config: config.json.
-        tensors: every tensor on disk: file, dtype, shape.
-        has_index: sharded with an index, or a single file.
-    """
-
-    folder: str
-    config: dict[str, Any]
-    tensors: dict[str, Entry]
-    has_index: bool
-
-    @property
-    def family(self) -> ModuleType:
-        """The family module of config.json's model_type."""
-        return find_family(self.config, self.folder)
-
-    def to_json(self) -> str:
-        """As text, to be kept beside a training checkpoint."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> "HFSource":
-        """The inverse of ``to_json``."""
-        fields = json.loads(text)
-        fields["tensors"] = {
-            name: Entry(e["file"], e["dtype"], tuple(e["shape"]))
-            for name, e in fields["tensors"].items()
-        }
-        return HFSource(**fields)
-
-
-def is_hf_folder(path: str | Path) -> bool:
-    """Whether the path is a folder with a config.json."""
-    return (Path(path) / "config.json").is_file()
-
-
-def read_hf_source(path: str | Path) -> HFSource:
-    """Look at a folder's config.json and safetensors headers; no weights are read.
-
-    Raises:
-        InputError: not such a folder, an unknown architecture, or a damaged file.
-    """
-    path = Path(path)
-    if not is_hf_folder(path):
-        raise InputError(f"{path} is not a Hugging Face model folder: it has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{path / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path / 'config.json'} is not a JSON object, but {config!r}")
-    find_family(config, str(path))
-    folder = TensorFolder(path)
-    return HFSource(str(path.absolute()), config, folder.entries, folder.has_index)
-
-
-def find_family(config: Mapping[str, Any], where: str) -> ModuleType:
-    """The family module of a config.json.
-
-    Raises:
-        InputError: a model_type without a family here; the known ones are listed.
-    """
-    model_type = config.get("model_type")
-    if model_type not in BY_MODEL_TYPE:
-        raise InputError(
-            f"{where} holds a model of type {model_type!r}, but supported are: "
-            f"{', '.join(sorted(BY_MODEL_TYPE))}"
-        )
-    return BY_MODEL_TYPE[model_type]
 
 
 def build_hf_model(source: HFSource, *, dtype: torch.dtype | None = None) -> MoEDecoder:
@@ -132,8 +65,7 @@ def build_hf_model(source: HFSource, *, dtype: torch.dtype | None = None) -> MoE
             model = source.family.build(source.config)
         except InputError as error:
             raise InputError(f"{source.folder}/config.json: {error}") from error
-    plan = make_plan(source.family.WEIGHT_MAP, model_shapes(model))
-    _check_source(source, plan)
+    plan = _checked_plan(model, source)
     on_disk: dict[str, torch.dtype] = {}
     for piece in plan:  # a stack of several dtypes is kept in one that holds them all
         found = _TORCH_DTYPES[source.tensors[piece.disk].dtype]
@@ -145,15 +77,19 @@ def build_hf_model(source: HFSource, *, dtype: torch.dtype | None = None) -> MoE
 
 
 def load_hf_weights(
-    model: nn.Module, source: HFSource, *, device: torch.device | str = "cpu"
+    model: nn.Module,
+    source: HFSource,
+    *,
+    device: torch.device | str = "cpu",
+    show: bool = False,
 ) -> None:
     """Stream the folder into a model from ``build_hf_model``, sharded or not.
 
-    Each process reads only the slices it holds.
+    Each process reads only the slices it holds; ``show``: with a progress bar.
     """
-    plan = make_plan(source.family.WEIGHT_MAP, model_shapes(model))
+    plan = _checked_plan(model, source)
     materialize(model, device)
-    load_pieces(model, plan, TensorFolder(source.folder))
+    load_pieces(model, plan, open_tensors(source.folder, source.config), show=show)
 
 
 def load_hf_model(
@@ -181,7 +117,8 @@ def save_hf_model(
     """Write a model back in the layout, dtypes and files of its source.
 
     config.json, tokenizer and other small files are copied as they are; tensors the model has no
-    place for are carried over. The folder appears under its name only when complete.
+    place for are carried over. What was quantised is written as bf16, and config.json then says so.
+    The folder appears under its name only when complete.
 
     Args:
         model: sharded or not; with more than one process all must call.
@@ -205,19 +142,22 @@ def save_hf_model(
             f"writing {target} would replace the model's own source {origin}: "
             "choose another output folder"
         )
-    plan = make_plan(source.family.WEIGHT_MAP, model_shapes(model))
-    _check_source(source, plan)
+    plan = _checked_plan(model, source)
     modelled = {piece.disk for piece in plan}
     dtypes = {name: _TORCH_DTYPES[source.tensors[name].dtype] for name in modelled}
     take = take_pieces(model, plan, dtypes, keep=write)
 
+    @functools.cache  # looks at every file; most folders need none of it
+    def stored() -> TensorSource:
+        return open_tensors(origin, source.config)
+
     def tensors_of(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = take([name for name in names if name in modelled])
-        carried = [name for name in names if name not in modelled] if write else []
-        folder = TensorFolder(origin) if carried else None
-        for name in carried:
-            assert folder is not None
-            tensors[name] = folder.read(name, (slice(None),) * len(source.tensors[name].shape))
+        if write:
+            for name in names:
+                if name not in modelled:
+                    whole = (slice(None),) * len(source.tensors[name].shape)
+                    tensors[name] = stored().read(name, whole)
         return tensors
 
     names_by_file: dict[str, list[str]] = defaultdict(list)
@@ -230,7 +170,12 @@ def save_hf_model(
         )  # fmt: skip
         if write:
             copy_other_files(origin, folder)
-            if source.has_index and (origin / INDEX_NAME).is_file():
+            if source.is_quantized:  # the export is not
+                config = folder / "config.json"
+                text = unquantized_config((origin / "config.json").read_bytes().decode())
+                config.unlink()  # may have been copied with its write protection
+                config.write_bytes(text.encode())
+            elif source.has_index and (origin / INDEX_NAME).is_file():
                 shutil.copy2(origin / INDEX_NAME, folder)  # same files, and metadata as it was
 
 
@@ -239,9 +184,9 @@ def create_hf_model(
     config: Mapping[str, Any],
     *,
     seed: int,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write a randomly initialised model folder: config.json and fp32 safetensors.
+    """Write a randomly initialised model folder: config.json and fp32 safetensors, not quantised.
 
     Files that are already there (a tokenizer) are left alone.
 
@@ -257,40 +202,43 @@ def create_hf_model(
     with torch.device("meta"):
         model = family.build(config)
     shapes = model_shapes(model)
-    plan = make_plan(family.WEIGHT_MAP, shapes)
+    plan = make_plan(family.weight_map, shapes)
     values = {
         name: initial_value(name, like, seed=seed) for name, like in model.state_dict().items()
     }
     model.load_state_dict(values, assign=True)
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for piece in plan:
-        size = 4 * torch.Size(piece.shape).numel()
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(piece.disk)
-        room -= size
-    total = len(shards)
-    files = {
-        SINGLE_NAME if total == 1 else f"model-{n:05d}-of-{total:05d}.safetensors": names
-        for n, names in enumerate(shards, start=1)
-    }
-    dtypes = {piece.disk: torch.float32 for piece in plan}
+    on_disk = {piece.disk: 4 * prod(piece.shape) for piece in plan if not piece.copy}
+    files = split_into_files(on_disk, max_shard_bytes)
+    dtypes = dict.fromkeys(on_disk, torch.float32)
     for file in [path / INDEX_NAME, *path.glob("model*.safetensors")]:
         file.unlink(missing_ok=True)  # of an earlier model here
     write_tensors(
-        path, files, take_pieces(model, plan, dtypes, keep=True), with_index=total > 1, write=True
+        path,
+        files,
+        take_pieces(model, plan, dtypes, keep=True),
+        with_index=len(files) > 1,
+        write=True,
     )
-    (path / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    written = {name: value for name, value in config.items() if name != "quantization_config"}
+    (path / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def _check_source(source: HFSource, plan: list[Piece]) -> None:
-    rows = source.family.WEIGHT_MAP
-    check_complete(plan, source.tensors, source.folder, lambda name: passes_through(rows, name))
+def carried_over(model: nn.Module, source: HFSource) -> list[str]:
+    """The source's tensors that the model has no place for; an export carries them over."""
+    planned = {piece.disk for piece in _checked_plan(model, source)}
+    return [name for name in source.tensors if name not in planned]
+
+
+def _checked_plan(model: nn.Module, source: HFSource) -> list[Piece]:
+    """The plan for a folder that fits the model, without the copies that it lacks."""
+    rows, shapes = source.family.weight_map, model_shapes(model)
+    plan = make_plan(rows, shapes)
+    check_complete(plan, source.tensors, source.folder, carried_names(rows, shapes, source.tensors))
+    plan = [piece for piece in plan if piece.disk in source.tensors]
     dtypes = {source.tensors[piece.disk].dtype for piece in plan} - set(_TORCH_DTYPES)
     if dtypes:
         raise InputError(
             f"{source.folder} holds weights of type {', '.join(sorted(dtypes))}, but only "
             f"{', '.join(_TORCH_DTYPES)} can be trained: get the unquantised release"
         )
+    return plan

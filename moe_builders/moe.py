@@ -142,12 +142,12 @@ def moe_experts(
     )
 
 
-def shared_experts(*, embed_dim: int, shared_hidden_dim: int) -> FeedForward:
+def shared_experts(*, embed_dim: int, shared_hidden_dim: int, bias: bool = False) -> FeedForward:
     """Always-on experts as one SwiGLU network; n experts of width h are one of width n·h."""
     return FeedForward(
-        gate_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=False),
-        up_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=False),
-        down_proj=nn.Linear(shared_hidden_dim, embed_dim, bias=False),
+        gate_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=bias),
+        up_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=bias),
+        down_proj=nn.Linear(shared_hidden_dim, embed_dim, bias=bias),
     )
 
 
@@ -159,10 +159,19 @@ def moe_layer(
     experts_per_token: int = 1,
     shared_hidden_dim: int | None = None,
     shared_gate: bool = False,
+    shared_bias: bool = False,
+    activation: str | Activation = "swiglu",
+    expert_proj_bias: bool = False,
     score_function: ScoreFunction = "softmax",
     normalize_weights: bool = True,
+    normalize_eps: float = 1e-20,
+    normalize_min: float = 0.0,
     route_scale: float = 1.0,
     expert_bias: bool = False,
+    gate_bias: bool = False,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    group_score_topk: int = 2,
     score_position: ScorePosition = "after",
     router: Router | None = None,
 ) -> MoE:
@@ -175,7 +184,11 @@ def moe_layer(
         experts_per_token: k.
         shared_hidden_dim: width of the shared experts together; None: none.
         shared_gate: gate the shared experts with a sigmoid (Qwen2-MoE).
-        score_function, normalize_weights, route_scale, expert_bias: of
+        shared_bias: the shared experts' projections have biases (ERNIE 4.5).
+        activation: of the routed experts.
+        expert_proj_bias: the routed experts' projections have biases.
+        score_function, normalize_weights, normalize_eps, normalize_min, route_scale, expert_bias,
+            gate_bias, num_groups, groups_per_token, group_score_topk: of
             ``TokenChoiceTopKRouter``.
         score_position: of ``MoE``.
         router: a router of one's own instead of the token-choice one; the arguments that would
@@ -188,8 +201,14 @@ def moe_layer(
             experts_per_token=experts_per_token,
             score_function=score_function,
             normalize_weights=normalize_weights,
+            normalize_eps=normalize_eps,
+            normalize_min=normalize_min,
             route_scale=route_scale,
             expert_bias=expert_bias,
+            gate_bias=gate_bias,
+            num_groups=num_groups,
+            groups_per_token=groups_per_token,
+            group_score_topk=group_score_topk,
         )
     elif router.num_experts != num_experts:
         raise InputError(
@@ -197,11 +216,17 @@ def moe_layer(
         )
     shared = None
     if shared_hidden_dim is not None:
-        shared = shared_experts(embed_dim=embed_dim, shared_hidden_dim=shared_hidden_dim)
+        shared = shared_experts(
+            embed_dim=embed_dim, shared_hidden_dim=shared_hidden_dim, bias=shared_bias
+        )
     return MoE(
         router=router,
         experts=moe_experts(
-            embed_dim=embed_dim, expert_hidden_dim=expert_hidden_dim, num_experts=num_experts
+            embed_dim=embed_dim,
+            expert_hidden_dim=expert_hidden_dim,
+            num_experts=num_experts,
+            activation=activation,
+            bias=expert_proj_bias,
         ),
         shared_experts=shared,
         shared_gate=nn.Linear(embed_dim, 1, bias=False) if shared_gate else None,

@@ -93,7 +93,7 @@ def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> 
             compute_dtype=compute_dtype,
             reshard_after_forward=config.reshard_after_forward,
         )
-    base.fill(world.device, weights=weights)
+    base.fill(world.device, weights=weights, show=world.is_first)
     return base
 
 
@@ -294,7 +294,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
     # closed also when a step fails: the bar must not swallow the message
     with profiler, closing(reporter), catch_stop_signals() as request:
         reporter.say(
-            *kept.notes, *loader.notes, *describe_unquantized(optimizer, model),
+            *kept.notes, *loader.notes, *base.notes, *describe_unquantized(optimizer, model),
             *describe_schedule(config.lr_scheduler, num_steps=num_steps),
         )  # fmt: skip
         if number == 0 or due(number, config.run_val_every_n_steps):

@@ -72,6 +72,7 @@ def reference_choice(router: TokenChoiceTopKRouter, x: Tensor) -> list[list[tupl
             "softmax": [logit.exp() / total for logit in logits],
             "sigmoid": [1 / (1 + (-logit).exp()) for logit in logits],
             "topk_softmax": logits,
+            "topk_sigmoid": logits,
         }[router.score_function]
         bias = [0.0] * router.num_experts if router.expert_bias is None else router.expert_bias
         wish = [float(s.detach()) + float(b) for s, b in zip(scores, bias, strict=True)]
@@ -90,6 +91,8 @@ def reference_choice(router: TokenChoiceTopKRouter, x: Tensor) -> list[list[tupl
         weights = [scores[j] for j in best]
         if router.score_function == "topk_softmax":
             weights = [w.exp() for w in weights]
+        if router.score_function == "topk_sigmoid":
+            weights = [1 / (1 + (-w).exp()) for w in weights]
         if router.score_function == "topk_softmax" or router.normalize_weights:
             weights = [w / sum(weights) for w in weights]
         chosen.append([(j, w * router.route_scale) for j, w in zip(best, weights, strict=True)])
@@ -106,10 +109,18 @@ def plain_activation(name: str, z: Tensor) -> Tensor:
             return z[:half] / (1 + torch.exp(-z[:half])) * z[half:]
         case "geglu":
             return gelu(z[:half]) * z[half:]
+        case "geglu_exact":
+            return z[:half] * 0.5 * (1 + torch.erf(z[:half] / math.sqrt(2))) * z[half:]
+        case "gpt_oss":
+            gate = torch.minimum(z[:half], torch.tensor(7.0).to(z))
+            up = z[half:].where(z[half:].abs() < 7, 7 * z[half:].sign())
+            return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
         case "relu2":
             return torch.where(z > 0, z * z, 0 * z)
         case "gelu_tanh":
             return gelu(z)
+        case "silu":
+            return z / (1 + torch.exp(-z))
     raise AssertionError(name)
 
 

@@ -15,6 +15,7 @@ import torch
 from helpers_data import CHATML, write_jsonl, write_tokenizer
 from helpers_train import HF_CONFIG
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from moe_builders.hub import create_hf_model
 from moe_builders.parallel.launch import launch
@@ -183,6 +184,28 @@ def _pointer(place, monkeypatch):
     _shards(place)[0].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
 
 
+def _fp8(*, explained, scales):
+    """Experts as FP8 weights; their scales are for blocks of 16 rows."""
+
+    def setup(place, monkeypatch):
+        index_file = place / "model/model.safetensors.index.json"
+        weight_map = {}
+        for path in _shards(place):
+            tensors = load_file(path)
+            for name in [name for name in tensors if ".experts." in name]:
+                rows = tensors[name].shape[0]
+                tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+                if scales:
+                    tensors[f"{name}_scale_inv"] = torch.ones(rows // 16, 1)
+            weight_map |= dict.fromkeys(tensors, path.name)
+            save_file(tensors, path, {"format": "pt"})
+        index_file.write_text(json.dumps({"weight_map": weight_map}))
+        if explained:
+            _write(place / "model/config.json", '{"quantization_config": {"quant_method": "fp8"}}')
+
+    return setup
+
+
 def _no_login(place, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -216,6 +239,9 @@ SETUPS = {
     "without a GPU": lambda place, patch: patch.setattr(torch.cuda, "is_available", lambda: False),
     "a weight file that a download left half done": _cut,
     "a weight file that git-lfs has not fetched": _pointer,
+    "FP8 weights, and no `quantization_config`": _fp8(explained=False, scales=True),
+    "FP8 weights without their scales": _fp8(explained=True, scales=False),
+    "FP8 weights with scales of other blocks": _fp8(explained=True, scales=True),
     "a weight file is not there": lambda place, patch: _shards(place)[1].unlink(),
     "no `config.json` in the model's folder":
         lambda place, patch: (place / "model/config.json").unlink(),

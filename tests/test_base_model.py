@@ -1,18 +1,21 @@
 """Where training starts: an HF folder, a folder of our own, random weights; and back to disk."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 from helpers_data import write_tokenizer
-from hf_helpers import write_hf_folder
+from hf_helpers import rewrite, write_hf_folder
 from safetensors.torch import load_file
 
 from moe_builders.base_model import check_fits, check_paths, open_base_model
-from moe_builders.decoder import initial_value
 from moe_builders.errors import InputError
+from moe_builders.families import BY_MODEL_TYPE, qwen3_moe
 from moe_builders.hub import load_hf_model
+from moe_builders.initialization import initial_value
+from moe_builders.weights import PassThrough
 
 CPU = torch.device("cpu")
 OWN = {"_component_": "moe_builders.families.qwen3_moe.qwen3_moe_tiny", "vocab_size": 64}
@@ -175,3 +178,25 @@ def test_weights_are_not_lost_when_the_source_has_gone(folder, tmp_path):
         base.save(tmp_path / "model", write=True)
     rescued = load_file(tmp_path / "model.own_names/model.safetensors")
     assert all(torch.equal(rescued[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_the_model_has_no_place_for_is_told(folder, tmp_path, monkeypatch):
+    assert opened(folder).notes == []
+    assert opened(component=OWN).notes == []
+    copy = tmp_path / "source"
+    shutil.copytree(folder, copy)
+    rows = (*qwen3_moe.WEIGHT_MAP, PassThrough("mtp.{*}"))
+    family = dataclasses.replace(qwen3_moe.FAMILY, weight_map=rows)
+    monkeypatch.setitem(BY_MODEL_TYPE, "qwen3_moe", family)
+    rewrite(copy, {"mtp.a": torch.ones(1)})
+    assert opened(copy).notes == [
+        f"1 tensor of {copy} without a place in the model will not be trained, and will be "
+        "exported as found: mtp.a"
+    ]
+    rewrite(copy, {f"mtp.{letter}": torch.ones(1) for letter in "bcde"})
+    base = opened(copy)
+    (note,) = base.notes
+    assert note.startswith(f"5 tensors of {copy} without")
+    assert note.endswith("exported as found: mtp.a, mtp.b, mtp.c and 2 more")
+    base.fill(CPU, weights=False)
+    assert base.notes == [note], "also where a checkpoint gives the weights"

@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import import_cost  # noqa: E402
 import measuring  # noqa: E402
 import train_step  # noqa: E402
 
@@ -88,3 +89,29 @@ def test_a_trial_from_the_command_line(tmp_path):
         assert len(result["ways"][way]["seconds"]) == 2
         assert len(result["ways"][way]["losses"]) == 3
         assert result["ways"][way]["bytes"]["above"] > 0
+
+
+def test_import_cost_from_the_command_line(tmp_path):
+    out = tmp_path / "cost.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks/import_cost.py"), "--gib", "0.02", "--vocab-size",
+        "512", "--processes", "1", "--shard-mib", "50", "--out", str(out),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report["checkpoint"]["files"] == 3
+    (result,) = report["results"]
+    assert 0 < result["model"] == pytest.approx(report["checkpoint"]["total"], rel=0.01)
+    assert result["ranks"][0]["load"]["peak_above"] > 0
+    assert "save: above" in done.stdout
+
+
+def test_an_export_that_differs_is_seen(tmp_path):
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / name).mkdir()
+        import_cost.save_file({"t": torch.tensor([value])}, tmp_path / name / "x.safetensors")
+    assert import_cost.same_bytes(tmp_path / "a", tmp_path / "b")
+    assert not import_cost.same_bytes(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "b" / "y.safetensors").write_bytes(b"")
+    assert not import_cost.same_bytes(tmp_path / "a", tmp_path / "b")

@@ -6,8 +6,9 @@ from helpers import assert_near
 from helpers_decoder import D, V, attention, batch, decoder_of, mlp
 from torchtune.modules import TransformerDecoder
 
-from moe_builders.decoder import initial_value, moe_decoder
+from moe_builders.decoder import moe_decoder
 from moe_builders.errors import InputError
+from moe_builders.initialization import initial_value
 
 
 def test_it_is_torchtunes_decoder():
@@ -40,6 +41,16 @@ def test_tied_embeddings():
     assert_near(logits, seen[0] @ model.tok_embeddings.weight.t(), 1e-6)
     names = [name for name, _ in model.named_parameters()]
     assert "output.weight" not in names
+
+
+def test_an_output_with_a_bias():
+    model, tokens = decoder_of(output_bias=True), batch()[0]
+    logits = model(tokens)
+    model.output.bias.data += torch.arange(model.output.out_features)
+    assert_near(model(tokens), logits + torch.arange(model.output.out_features), 1e-5)
+    assert decoder_of().output.bias is None
+    with pytest.raises(InputError, match="has no bias of its own: untie them"):
+        decoder_of(output_bias=True, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +90,46 @@ def test_initial_values():
     assert initial_value("layers.0.sa_norm.weight", torch.empty(4), seed=3).tolist() == [1.0] * 4
     for name in ("attn.q_proj.bias", "mlp.router.expert_bias", "mlp.experts.down_bias"):
         assert not initial_value(name, torch.empty(4), seed=3).any()
+
+
+def test_scales_multiply_embeddings_branches_and_logits():
+    model, scaled = decoder_of(), decoder_of(embedding_scale=3.0, logits_scale=0.25)
+    tokens, _ = batch()
+    seen = []
+    scaled.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    scaled(tokens)
+    assert_near(seen[0], 3 * scaled.tok_embeddings(tokens), 1e-6)
+    scaled.embedding_scale = 1.0
+    assert_near(scaled(tokens), 0.25 * model(tokens), 1e-6)
+    scaled.set_num_output_chunks(3)
+    assert_near(torch.cat(scaled(tokens), 1), 0.25 * model(tokens), 1e-6)
+    layer = decoder_of(residual_scale=0.22).layers[0]
+    x = torch.randn(2, 5, D)
+    h = x + 0.22 * layer.attn(layer.sa_norm(x))
+    assert_near(layer(x), h + 0.22 * layer.mlp(layer.mlp_norm(h)), 1e-6)
+
+
+def test_norms_after_the_branches():
+    layer = decoder_of(norm_position="after").layers[0]
+    names = {name for name, _ in layer.named_parameters() if "norm" in name or "scale" in name}
+    assert {"sa_scale.weight", "mlp_scale.weight"} <= names
+    assert not names & {"sa_norm.weight", "mlp_norm.weight"}
+    torch.nn.init.normal_(layer.sa_scale.weight)
+    torch.nn.init.normal_(layer.mlp_scale.weight)
+    x = torch.randn(2, 5, D)
+    h = x + layer.sa_scale(layer.attn(x))
+    assert_near(layer(x), h + layer.mlp_scale(layer.mlp(h)), 1e-6)
+    value = initial_value("layers.0.sa_scale.weight", layer.sa_scale.weight, seed=1)
+    assert torch.equal(value, torch.ones(D))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"norm_position": "between"}, "norm_position 'between' is not one of before, after"),
+        ({"norm_position": "after", "residual_scale": 0.5}, "needs norm_position 'before'"),
+    ],
+)
+def test_norm_mistakes(options, words):
+    with pytest.raises(InputError, match=words):
+        decoder_of(**options)

@@ -1,13 +1,16 @@
 """Every Python block of README and docs runs; the configuration table is complete."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import support_table
 from helpers_train import HF_CONFIG
 from omegaconf import OmegaConf
 
+from moe_builders.families import BY_MODEL_TYPE
 from moe_builders.hub import create_hf_model
 from moe_builders.instantiate import find_component
 from moe_builders.training.config import (
@@ -69,3 +72,20 @@ def test_every_configuration_key_is_in_the_table():
     keys |= {f"router_losses.{f.name}" for f in fields(RouterLossConfig)}
     keys |= {f"profiler.{f.name}" for f in fields(ProfilerConfig)}
     assert named == keys
+
+
+def test_support_table_is_what_the_tests_found():
+    """`make support-table` writes both; the table is never typed by hand."""
+    results = json.loads(support_table.RESULTS.read_text())
+    block = support_table.BLOCK.search((ROOT / "README.md").read_text())
+    assert block is not None
+    assert block[0] == block[1] + support_table.table(results) + block[2]
+    missing = [name for name in BY_MODEL_TYPE if f"`{name}`" not in block[0]]
+    assert not missing
+    failures = [
+        f"{name}: {check}"
+        for name, checks in results["families"].items()
+        for check, found in checks.items()
+        if found["failed"] or not found["passed"]
+    ]
+    assert not failures

@@ -61,7 +61,9 @@ def test_each_row_goes_through_its_expert(activation, bias, weighted):
 
 
 def test_every_known_activation_has_its_plain_twin():
-    assert set(ACTIVATIONS) == {"swiglu", "geglu", "relu2", "gelu_tanh"}
+    assert set(ACTIVATIONS) == {
+        "swiglu", "geglu", "geglu_exact", "gpt_oss", "relu2", "gelu_tanh", "silu"
+    }  # fmt: skip
     assert {a.name for a in ACTIVATIONS.values()} == set(ACTIVATIONS)
 
 
@@ -127,15 +129,24 @@ def test_experts_without_rows_get_zero_gradients_not_none(counts):
                 assert torch.equal(gradient, torch.zeros_like(gradient)), name
 
 
+@pytest.mark.parametrize("counts", [COUNTS, [0, 5, 0, 3], [8, 0, 2, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss", "silu"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_grouped_equals_loop(bias):
-    x = torch.randn(10, 8)
+def test_grouped_equals_loop(bias, activation, counts):
+    x = 4 * torch.randn(10, 8)  # wide enough for a clamp to be met
     found = []
     for backend in ("grouped", "loop"):
         experts = randomise(
-            GroupedExperts(dim=8, hidden_dim=12, num_experts=4, bias=bias, backend=backend)
+            GroupedExperts(
+                dim=8,
+                hidden_dim=12,
+                num_experts=4,
+                bias=bias,
+                backend=backend,
+                activation=activation,
+            )
         )
-        y = experts(x, torch.tensor(COUNTS), torch.linspace(0, 1, 10))
+        y = experts(x, torch.tensor(counts), torch.linspace(0, 1, 10))
         y.square().sum().backward()
         found.append({"y": y.detach()} | gradients(experts))
     for name, value in found[0].items():
@@ -163,7 +174,7 @@ def test_fresh_weights():
         ({"dim": 0}, r"dim \(0\)"),
         ({"hidden_dim": -1}, r"hidden_dim \(-1\)"),
         ({"num_experts": 0}, r"num_experts \(0\)"),
-        ({"activation": "swish"}, "'swish' is not one of swiglu, geglu, relu2, gelu_tanh"),
+        ({"activation": "swish"}, "'swish' is not one of swiglu, geglu, geglu_exact, gpt_oss, "),
         ({"backend": "fast"}, "'fast' is not one of"),
     ],
 )

@@ -8,7 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_builders import experts
+from moe_builders.attention import mla
 from moe_builders.attention.gqa import GroupedQueryAttention
+from moe_builders.attention.mla import MultiHeadLatentAttention
 from moe_builders.data.batch import collate
 from moe_builders.errors import InputError
 from moe_builders.experts import GroupedExperts
@@ -47,6 +49,15 @@ def biased_attention(layer):
     return GroupedQueryAttention(embed_dim=D, num_heads=4, num_kv_heads=2, head_dim=6, bias=True)
 
 
+def latent_attention(**changes):
+    def attention(layer):
+        sizes = {"embed_dim": D, "num_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 8,
+                 "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 7}  # fmt: skip
+        return MultiHeadLatentAttention(rope=None, **(sizes | changes))
+
+    return attention
+
+
 def ungated(layer):
     return MoE(
         router=ExpertChoiceTopKRouter(dim=D, num_experts=4, capacity_factor=1.0),
@@ -62,6 +73,10 @@ MODELS = {
     "all experts": {"mlp": moe_mlp(experts_per_token=4)},
     "biases": {"mlp": biased, "attention": biased_attention},
     "expert choice": {"mlp": expert_choice},
+    "latent attention": {"attention": latent_attention()},
+    "latent attention, one projection of q": {
+        "attention": latent_attention(q_lora_rank=None, v_head_dim=13, bias=True)
+    },
     "ungated": {"mlp": ungated, "num_layers": 1},
 }
 
@@ -88,6 +103,8 @@ def test_torchs_counter_counts_the_same(name, plain, monkeypatch):
     """Exactly, once told that the math kernel computes all s·s pairs and not the causal ones."""
     if plain:
         monkeypatch.setattr(experts, "grouped_mm", plain_grouped_mm)
+    # zeros that a CPU's fused kernel is given are no work of the model's
+    monkeypatch.setattr(mla, "equal_widths", lambda *tensors: tensors)
     model = decoder_of(**MODELS[name])
     ours = model_flops(model)
     step = {"num_tokens": B * S, "attended": B * S * S}
@@ -105,6 +122,26 @@ def test_by_hand():
     assert flops.per_token == per_token
     assert flops.per_pair == 2 * 4 * 6 + 2 * 4 * 6  # scores; values: 4 heads of 6
     assert flops.forward(num_tokens=10, attended=55) == 10 * per_token + 55 * 96
+
+
+def test_latent_attention_by_hand():
+    bare = model_flops(decoder_of(num_layers=1, attention=lambda layer: NoAttention()))
+    flops = model_flops(decoder_of(num_layers=1, attention=latent_attention()))
+    queries = D * 10 + 10 * 4 * (6 + 4)  # down to the latent, up to the heads
+    keys_values = D * (8 + 4) + 8 * 4 * (6 + 7)
+    assert flops.per_token - bare.per_token == 2 * (queries + keys_values + 4 * 7 * D)
+    assert flops.per_pair == 4 * (2 * (6 + 4) + 2 * 7)  # 4 heads: scores, values
+
+
+def test_a_window_is_counted_as_if_it_were_none():
+    """An upper bound, and said so (docs/logging.md)."""
+
+    def windowed(layer):
+        module = attention(layer)
+        module.window = 3
+        return module
+
+    assert model_flops(decoder_of(attention=windowed)) == model_flops(decoder_of())
 
 
 def test_attended_pairs_of_a_batch():
@@ -174,6 +211,10 @@ def test_counts_of_tied_and_expert_choice_models():
     experts_hold = sum(p.numel() for p in model.layers[0].mlp.experts.parameters())
     counts = count_parameters(model)
     assert counts.total - counts.active == experts_hold * (1 - 1.5 / 4)
+
+
+class NoAttention(nn.Module):
+    num_heads = head_dim = 0
 
 
 class OwnRouter(nn.Module):

@@ -1,5 +1,6 @@
 """Hugging Face folders: what comes in goes out again, byte for byte but for what was learned."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hf_helpers import assert_equal_tensors, load_hf, read_tensors, rewrite, wri
 
 from moe_builders.checkpoint import stream
 from moe_builders.errors import InputError
-from moe_builders.families import qwen3_moe
+from moe_builders.families import BY_MODEL_TYPE, qwen3_moe
 from moe_builders.hub import (
     HFSource,
     build_hf_model,
@@ -17,7 +18,7 @@ from moe_builders.hub import (
     read_hf_source,
     save_hf_model,
 )
-from moe_builders.weights import PassThrough, Stack
+from moe_builders.weights import PassThrough, Row, Stack
 
 SMALL_FILES = {
     "tokenizer.json": b'{"version": "1.0"}\r\n',
@@ -34,6 +35,11 @@ LAYOUTS = {
         "shard_size": "100KB",
     },
 }  # fmt: skip
+
+
+def use_rows(monkeypatch, rows: tuple[Row, ...]) -> None:
+    family = dataclasses.replace(qwen3_moe.FAMILY, weight_map=rows)
+    monkeypatch.setitem(BY_MODEL_TYPE, "qwen3_moe", family)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -139,7 +145,7 @@ def test_tensors_without_a_place_are_carried_over(folder, tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"3 surplus: model\.mtp"):
         load_hf_model(folder)
     rows = (*qwen3_moe.WEIGHT_MAP, PassThrough("model.mtp.{l}.w"))
-    monkeypatch.setattr(qwen3_moe, "WEIGHT_MAP", rows)
+    use_rows(monkeypatch, rows)
     model, source = load_hf_model(folder)
     save_hf_model(model, tmp_path / "export", source=source)
     assert_equal_tensors(folder, tmp_path / "export")
@@ -155,9 +161,9 @@ def test_nothing_is_left_as_it_was_before_loading(folder, monkeypatch):
 
     copy = stream._copy_overlap
 
-    def skip_one(piece, *args):
-        if piece.disk != "model.layers.1.mlp.experts.7.up_proj.weight":
-            copy(piece, *args)
+    def skip_one(pieces, *args):
+        if pieces[0].disk != "model.layers.1.mlp.experts.7.up_proj.weight":
+            copy(pieces, *args)
 
     monkeypatch.setattr(stream, "_copy_overlap", skip_one)
     with pytest.raises(InputError, match=r"NaN in 1 .*layers\.1\.mlp\.experts\.gate_up_proj"):
@@ -172,5 +178,5 @@ def test_wrong_rows_would_be_seen(folder, tmp_path, monkeypatch):
     )
     tokens = torch.arange(12)[None]
     right = load_hf_model(folder)[0](tokens)
-    monkeypatch.setattr(qwen3_moe, "WEIGHT_MAP", rows)
+    use_rows(monkeypatch, rows)
     assert (load_hf_model(folder)[0](tokens) - right).abs().max() > 1e-2

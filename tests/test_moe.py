@@ -1,5 +1,6 @@
 """The MoE layer against two plain loops, in every way it can be put together."""
 
+import inspect
 import itertools
 
 import pytest
@@ -61,7 +62,9 @@ def test_two_loops(score_position, shared, bias, masked):
     check_against_loops(moe, torch.randn(9, D, dtype=torch.float64), mask)
 
 
-@pytest.mark.parametrize("activation", ["geglu", "relu2", "gelu_tanh"])
+@pytest.mark.parametrize(
+    "activation", ["geglu", "geglu_exact", "gpt_oss", "relu2", "gelu_tanh", "silu"]
+)
 @pytest.mark.parametrize("score_position", POSITIONS)
 def test_two_loops_with_every_activation(score_position, activation):
     moe = moe_of(score_position, bias=True, activation=activation)
@@ -161,9 +164,65 @@ def test_moe_layer_from_plain_numbers():
     assert moe_layer(embed_dim=D, expert_hidden_dim=H, num_experts=E, router=own).router is own
 
 
+def test_moe_layer_with_groups_and_biases():
+    moe = moe_layer(
+        embed_dim=D,
+        expert_hidden_dim=H,
+        num_experts=E,
+        experts_per_token=2,
+        activation="gpt_oss",
+        expert_proj_bias=True,
+        score_function="sigmoid",
+        expert_bias=True,
+        gate_bias=True,
+        num_groups=2,
+        groups_per_token=1,
+        group_score_topk=1,
+    )
+    randomise(moe).double()
+    check_against_loops(moe, torch.randn(9, D, dtype=torch.float64), None)
+
+
+def test_every_argument_of_the_router_reaches_it():
+    """Whatever the router takes, moe_layer takes under the same name, with the same default."""
+    given = {
+        "experts_per_token": 2, "score_function": "sigmoid", "normalize_weights": False,
+        "normalize_eps": 0.25, "normalize_min": 0.5, "route_scale": 1.5, "expert_bias": True,
+        "gate_bias": True, "num_groups": 2, "groups_per_token": 2, "group_score_topk": 1,
+    }  # fmt: skip
+    takes = inspect.signature(TokenChoiceTopKRouter).parameters
+    offered = inspect.signature(moe_layer).parameters
+    assert set(given) == set(takes) - {"dim", "num_experts"}
+    sizes = {"embed_dim": D, "expert_hidden_dim": H, "num_experts": E}
+    for name, value in given.items():
+        if name != "experts_per_token":
+            assert offered[name].default == takes[name].default != value, name
+        # two groups where a group is asked for, k 2 so that weights can be normalised
+        rest = {"experts_per_token": 2} | ({"num_groups": 2} if "group" in name else {})
+        router = moe_layer(**(sizes | rest | {name: value})).router
+        if name in ("expert_bias", "gate_bias"):
+            assert (router.expert_bias is not None) == (name == "expert_bias")
+            assert (router.gate.bias is not None) == (name == "gate_bias")
+        else:
+            assert getattr(router, name) == value, name
+
+
+def test_the_experts_of_moe_layer():
+    sizes = {"embed_dim": D, "expert_hidden_dim": H, "num_experts": E}
+    plain = moe_layer(**sizes).experts
+    assert plain.activation.name == "swiglu"
+    assert plain.down_bias is None
+    biased = moe_layer(**sizes, expert_proj_bias=True, activation="silu").experts
+    assert biased.activation.name == "silu"
+    assert biased.down_bias.shape == (E, D)
+    assert biased.up_bias.shape == (E, H)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"activation": "swish"}, "activation 'swish' is not one of"),
+        ({"num_groups": 3}, r"num_groups is 3, but must divide num_experts \(4\)"),
         ({"score_position": "behind"}, "'behind' is not one of before, mid, after"),
         ({"shared_gate": True}, "no shared_experts to gate"),
         ({"experts_per_token": 5}, "experts_per_token is 5"),

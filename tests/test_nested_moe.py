@@ -6,8 +6,8 @@ from torch import nn
 
 from moe_builders import MoE, TokenInfo, collect_routing, moe_decoder, moe_layer
 from moe_builders.attention.gqa import GroupedQueryAttention
-from moe_builders.decoder import initialize
 from moe_builders.errors import InputError
+from moe_builders.initialization import initialize
 from moe_builders.parallel.sharding import shard_model, sharding_plan
 from moe_builders.parallel.world import open_world
 

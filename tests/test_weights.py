@@ -5,21 +5,20 @@ import random
 
 import pytest
 import torch
+from helpers_weights import Parameters, cut, load_in_boxes
 from safetensors.torch import save_file
-from torch import nn
 
 from moe_builders.checkpoint import stream
 from moe_builders.checkpoint.folder import SINGLE_NAME, TensorFolder
 from moe_builders.families import qwen3_moe
-from moe_builders.parallel.sharding import LocalShard
+from moe_builders.pieces import Piece
 from moe_builders.weights import (
     PassThrough,
-    Piece,
     Rename,
     Stack,
+    carried_names,
     make_plan,
     own_rows,
-    passes_through,
 )
 
 ROWS = (
@@ -40,26 +39,34 @@ SHAPES = {
 }
 
 
+def expert(disk: str, ours: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Piece:
+    """A tensor of one expert, which lacks the expert dim."""
+    dims = range(len(shape))
+    zeros, ones = (0,) * len(shape), (1,) * len(shape)
+    return Piece(disk, ours, offset, (1, *shape), shape, zeros, ones, (None, *dims))
+
+
 def test_regions_by_hand():
     assert make_plan(ROWS, SHAPES) == [
-        Piece("embed.weight", "tok.weight", (0, 0), (5, 4), (5, 4)),
-        Piece("h.0.norm", "layers.0.norm", (0,), (4,), (4,)),
-        Piece("h.10.e.0.gate.weight", "layers.10.gate_up", (0, 0, 0), (1, 3, 4), (3, 4)),
-        Piece("h.10.e.0.up.weight", "layers.10.gate_up", (0, 3, 0), (1, 3, 4), (3, 4)),
-        Piece("h.10.e.1.gate.weight", "layers.10.gate_up", (1, 0, 0), (1, 3, 4), (3, 4)),
-        Piece("h.10.e.1.up.weight", "layers.10.gate_up", (1, 3, 0), (1, 3, 4), (3, 4)),
-        Piece("h.10.e.0.down.weight", "layers.10.down", (0, 0, 0), (1, 4, 3), (4, 3)),
-        Piece("h.10.e.1.down.weight", "layers.10.down", (1, 0, 0), (1, 4, 3), (4, 3)),
-        Piece("h.10.e.0.gate.bias", "layers.10.gate_up_bias", (0, 0), (1, 3), (3,)),
-        Piece("h.10.e.0.up.bias", "layers.10.gate_up_bias", (0, 3), (1, 3), (3,)),
-        Piece("h.10.e.1.gate.bias", "layers.10.gate_up_bias", (1, 0), (1, 3), (3,)),
-        Piece("h.10.e.1.up.bias", "layers.10.gate_up_bias", (1, 3), (1, 3), (3,)),
+        Piece("embed.weight", "tok.weight", (0, 0), (5, 4), (5, 4), (0, 0), (1, 1), (0, 1)),
+        Piece("h.0.norm", "layers.0.norm", (0,), (4,), (4,), (0,), (1,), (0,)),
+        expert("h.10.e.0.gate.weight", "layers.10.gate_up", (0, 0, 0), (3, 4)),
+        expert("h.10.e.0.up.weight", "layers.10.gate_up", (0, 3, 0), (3, 4)),
+        expert("h.10.e.1.gate.weight", "layers.10.gate_up", (1, 0, 0), (3, 4)),
+        expert("h.10.e.1.up.weight", "layers.10.gate_up", (1, 3, 0), (3, 4)),
+        expert("h.10.e.0.down.weight", "layers.10.down", (0, 0, 0), (4, 3)),
+        expert("h.10.e.1.down.weight", "layers.10.down", (1, 0, 0), (4, 3)),
+        expert("h.10.e.0.gate.bias", "layers.10.gate_up_bias", (0, 0), (3,)),
+        expert("h.10.e.0.up.bias", "layers.10.gate_up_bias", (0, 3), (3,)),
+        expert("h.10.e.1.gate.bias", "layers.10.gate_up_bias", (1, 0), (3,)),
+        expert("h.10.e.1.up.bias", "layers.10.gate_up_bias", (1, 3), (3,)),
     ]
 
 
 def test_scalar():
     assert own_rows({"scale": ()}) == (Rename("scale", "scale"),)
-    assert make_plan(own_rows(["scale"]), {"scale": ()}) == [Piece("scale", "scale", (), (), ())]
+    plan = make_plan(own_rows(["scale"]), {"scale": ()})
+    assert plan == [Piece("scale", "scale", (), (), (), (), (), ())]
 
 
 def test_a_row_matches_whole_names_only():
@@ -74,7 +81,9 @@ def test_every_mistake_in_rows_is_an_error():
         make_plan([row for row in ROWS if "norm" not in row.disk], SHAPES)
     with pytest.raises(ValueError, match=r"layers\.0\.norm is filled by more than one row"):
         make_plan([*ROWS, Rename("n", "layers.0.norm")], SHAPES)
-    with pytest.raises(ValueError, match=r"more than one region is filled from embed\.weight"):
+    with pytest.raises(
+        ValueError, match=r"embed\.weight is not covered exactly once, .* tok\.weight, head"
+    ):
         make_plan([*ROWS, Rename("embed.weight", "head")], SHAPES | {"head": (5, 4)})
     with pytest.raises(ValueError, match=r"layers\.0\.down of shape \(4,\) cannot be cut into 1"):
         make_plan(ROWS, {"layers.0.down": (4,)})
@@ -82,10 +91,9 @@ def test_every_mistake_in_rows_is_an_error():
         make_plan(ROWS, {"layers.0.gate_up": (2, 5, 4)})
 
 
-def test_passes_through():
-    assert passes_through(ROWS, "mtp.12.w")
-    for name in ("mtp.12.w2", "mtp.x.w", "mtp.w", "embed.weight", "Xmtp.1.w"):
-        assert not passes_through(ROWS, name)
+def test_what_passes_through():
+    other = ["mtp.12.w2", "mtp.x.w", "mtp.w", "embed.weight", "Xmtp.1.w"]
+    assert carried_names(ROWS, SHAPES, ["mtp.12.w", *other]) == ["mtp.12.w"]
 
 
 def test_every_element_of_a_real_model_is_covered_once():
@@ -96,44 +104,17 @@ def test_every_element_of_a_real_model_is_covered_once():
             attention_bias=True, intermediate_dim=7, dense_layers=(1,),
         )  # fmt: skip
     shapes = stream.model_shapes(model)
-    plan = make_plan(qwen3_moe.WEIGHT_MAP, shapes)
+    plan = [piece for piece in make_plan(qwen3_moe.WEIGHT_MAP, shapes) if not piece.copy]
     covered = {name: torch.zeros(shape, dtype=torch.int) for name, shape in shapes.items()}
     for piece in plan:
         assert math.prod(piece.shape) == math.prod(piece.size)
-        region = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.size, strict=True))
-        covered[piece.ours][region] += 1
+        covered[piece.ours][piece.region] += 1
     assert all(count.eq(1).all() for count in covered.values())
     assert len({piece.disk for piece in plan}) == len(plan)
 
 
-class Parameters(nn.Module):
-    """Parameters of given shapes and dotted names."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            *path, last = name.split(".")
-            module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(last, nn.Parameter(torch.full(shape, float("nan"))))
-
-
-def cut(shape: tuple[int, ...], dice: random.Random) -> list[tuple[slice, ...]]:
-    """A grid of boxes that make up a shape, cut at random; some may be empty."""
-    boxes: list[tuple[slice, ...]] = [()]
-    for size in shape:
-        ends = sorted(dice.choices(range(size + 1), k=dice.randrange(3)))
-        edges = zip([0, *ends], [*ends, size], strict=True)
-        steps = [slice(a, b) for a, b in edges]
-        boxes = [(*box, step) for box in boxes for step in steps]
-    return boxes
-
-
 @pytest.mark.parametrize("seed", range(12))
-def test_any_shards_loaded_one_by_one_give_back_the_folder(tmp_path, monkeypatch, seed):
+def test_any_shards_loaded_one_by_one_give_back_the_folder(tmp_path, seed):
     dice = random.Random(seed)
     e, h, d = dice.randint(1, 4), dice.randint(1, 5), dice.randint(1, 5)
     shapes = SHAPES | {
@@ -146,17 +127,7 @@ def test_any_shards_loaded_one_by_one_give_back_the_folder(tmp_path, monkeypatch
     save_file(stored, tmp_path / SINGLE_NAME)
     model, folder = Parameters(shapes), TensorFolder(tmp_path)
     boxes = {name: cut(shape, dice) for name, shape in shapes.items()}
-    for number in range(max(map(len, boxes.values()))):
-        # the process of this number holds that box of each parameter
-        held = {name: boxes[name][number % len(boxes[name])] for name in shapes}
-        by_identity = {tensor.data_ptr(): held[name] for name, tensor in model.state_dict().items()}
-
-        def local_shard(tensor: torch.Tensor, by_identity=by_identity) -> LocalShard:
-            box = by_identity[tensor.data_ptr()]
-            return LocalShard(tensor[box], tuple(step.start for step in box))
-
-        monkeypatch.setattr(stream, "local_shard", local_shard)
-        stream.load_pieces(model, plan, folder)
+    load_in_boxes(model, plan, folder, boxes)
     dtypes = dict.fromkeys(stored, torch.bfloat16)
     taken = stream.take_pieces(model, plan, dtypes, keep=True)(list(stored))
     assert taken.keys() == stored.keys()

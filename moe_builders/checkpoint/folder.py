@@ -1,25 +1,27 @@
 """A folder of safetensors files: what is in it, a slice of one tensor, and writing a new one."""
 
+import io
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_builders.checkpoint.safetensors_file import Place, read_header, read_region
 from moe_builders.errors import InputError, lfs_pointer
 from moe_builders.instantiate import first_line
 
 INDEX_NAME = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5_000_000_000  # while it is written, all of a file is in memory
 SINGLE_NAME = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _PT = {"format": "pt"}  # what transformers asks for
@@ -34,6 +36,18 @@ class Entry:
     shape: tuple[int, ...]
 
 
+class TensorSource(Protocol):
+    """Tensors by name, of which slices can be read."""
+
+    path: Path
+    has_index: bool
+    entries: dict[str, Entry]
+
+    def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
+        """The given region of a tensor."""
+        ...
+
+
 class TensorFolder:
     """The tensors of a folder by name; nothing is read until asked for.
 
@@ -42,33 +56,33 @@ class TensorFolder:
 
     Raises:
         InputError: no such folder, no safetensors in it, a listed file missing, truncated or
-            corrupted.
+            corrupted, a tensor in two files.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.has_index = (self.path / INDEX_NAME).is_file()
         self.entries: dict[str, Entry] = {}
+        self._places: dict[str, Place] = {}
         for file in self._files():
-            self.entries |= _read_header(self.path / file)
-        self._open_name, self._open_file = "", cast(Any, None)
+            places = read_header(self.path / file)
+            self._places |= places
+            for name, place in places.items():
+                if name in self.entries:  # which of them is meant, nothing says
+                    raise InputError(
+                        f"{self.path} holds {name} twice, in {self.entries[name].file} and in "
+                        f"{file}: download the folder again"
+                    )
+                self.entries[name] = Entry(file, place.dtype, place.shape)
 
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
-        """The given region of a tensor; only its bytes are read."""
-        entry = self.entries[name]
+        """The given region of a tensor; only its bytes are read, into memory of its own."""
+        path = self.path / self.entries[name].file
         try:
-            file = self._open(entry.file)
-            # a slice of a 0-dim tensor does not exist
-            return file.get_slice(name)[region] if region else file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path / entry.file} cannot be read: {error}") from error
-
-    def _open(self, name: str) -> Any:
-        # The last file stays open: opening parses the whole header, 13 ms for 18,000 tensors.
-        if self._open_name != name:
-            self._open_file = safe_open(self.path / name, framework="pt")
-            self._open_name = name
-        return self._open_file
+            with io.FileIO(str(path)) as file:
+                return read_region(file, self._places[name], region)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {first_line(error)}") from error
 
     def _files(self) -> list[str]:
         if self.has_index:
@@ -85,10 +99,6 @@ class TensorFolder:
         raise InputError(f"{self.path} {hint}")
 
     def _indexed_files(self, path: Path) -> list[str]:
-        if (self.path / SINGLE_NAME).is_file():
-            raise InputError(
-                f"{self.path} holds both {SINGLE_NAME} and {INDEX_NAME}, two models: remove one"
-            )
         try:
             files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
             outside = [name for name in files if Path(name).name != name]
@@ -98,6 +108,10 @@ class TensorFolder:
                 or f"{path} is not an index of safetensors files ({first_line(error)}): download "
                 "it again"
             ) from error
+        if SINGLE_NAME not in files and (self.path / SINGLE_NAME).is_file():
+            raise InputError(
+                f"{self.path} holds both {SINGLE_NAME} and {INDEX_NAME}, two models: remove one"
+            )
         if outside:
             raise InputError(f"{path} names files outside its folder: {', '.join(outside)}")
         missing = [name for name in files if not (self.path / name).is_file()]
@@ -107,6 +121,27 @@ class TensorFolder:
                 f"{', '.join(missing) or 'none at all'}; download the folder again"
             )
         return files
+
+
+def split_into_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """File names as transformers has them, and the tensors of each in order.
+
+    Args:
+        sizes: bytes of each tensor.
+        max_bytes: of a file, unless a single tensor has more; what fits is one file.
+    """
+    files: list[list[str]] = [[]]
+    room = max_bytes
+    for name, size in sizes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = max_bytes
+        files[-1].append(name)
+        room -= size
+    if len(files) == 1:
+        return {SINGLE_NAME: files[0]}
+    total = len(files)
+    return {f"model-{n:05d}-of-{total:05d}.safetensors": found for n, found in enumerate(files, 1)}
 
 
 def raise_alone(error: InputError | None) -> None:
@@ -136,13 +171,19 @@ def write_tensors(
             ``raise_together`` where other processes would wait for this one).
 
     Raises:
-        InputError: a file cannot be written.
+        InputError: a file cannot be written, or ``tensors_of`` raised one on any process.
     """
     total = 0
     for file, names in names_by_file.items():
-        tensors = tensors_of(names)
+        error, tensors = None, {}
+        try:
+            tensors = tensors_of(names)
+        except InputError as problem:  # a file that only the writing process reads
+            error = problem
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-        agree(_failure(folder / file, write, partial(save_file, tensors, folder / file, _PT)))
+        save = partial(save_file, tensors, folder / file, _PT)
+        agree(error or _failure(folder / file, write, save))
+        del tensors, save  # or the next file's would stand beside them in memory
     if with_index:
         weight_map = {name: file for file, names in names_by_file.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -255,32 +296,3 @@ def copy_other_files(origin: Path, folder: Path) -> None:
         skipped = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not skipped and not file.name.startswith("."):
             shutil.copy2(file, folder / file.name)
-
-
-def _read_header(path: Path) -> dict[str, Entry]:
-    """A safetensors header: 8 bytes of length, then JSON with each tensor's place in the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        raw = file.read(length) if 8 + length <= size else b""
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        promised = 8 + length + end
-        entries = {
-            name: Entry(path.name, str(tensor["dtype"]), tuple(map(int, tensor["shape"])))
-            for name, tensor in header.items()
-        }
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            lfs_pointer(path)
-            or f"{path} is truncated or not a safetensors file (its header cannot be read); "
-            "download it again"
-        ) from error
-    if promised != size:
-        raise InputError(
-            f"{path} is truncated or damaged: {size} bytes, but its header promises {promised}; "
-            "download it again"
-        )
-    return entries

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from moe_builders.checkpoint.folder import (
-    SINGLE_NAME,
+    MAX_FILE_BYTES,
     TensorFolder,
     publish,
+    split_into_files,
     write_tensors,
 )
 from moe_builders.checkpoint.stream import (
@@ -44,12 +45,14 @@ def save_model(
     shapes, state = model_shapes(model), model.state_dict()
     plan = make_plan(own_rows(shapes), shapes)
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    files = split_into_files(sizes, MAX_FILE_BYTES)
     with publish(path, write=write, agree=raise_together) as folder:
         write_tensors(
             folder,
-            {SINGLE_NAME: list(shapes)},
+            files,
             take_pieces(model, plan, dtypes, keep=write),
-            with_index=False,
+            with_index=len(files) > 1,
             write=write,
             agree=raise_together,
         )
@@ -59,8 +62,20 @@ def save_model(
             )
 
 
-def load_model(model: nn.Module, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+def load_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    show: bool = False,
+) -> None:
     """Fill a model that was built on the meta device from a folder of ``save_model``.
+
+    Args:
+        model: sharded or not.
+        path: the folder.
+        device: where to.
+        show: with a progress bar.
 
     Raises:
         InputError: the folder does not fit the model; all differences are listed.
@@ -68,9 +83,9 @@ def load_model(model: nn.Module, path: str | Path, *, device: torch.device | str
     folder = TensorFolder(path)
     shapes = model_shapes(model)
     plan = make_plan(own_rows(shapes), shapes)
-    check_complete(plan, folder.entries, path, lambda name: False)
+    check_complete(plan, folder.entries, path)
     materialize(model, device)
-    load_pieces(model, plan, folder)
+    load_pieces(model, plan, folder, show=show)
 
 
 def is_own_folder(path: str | Path) -> bool:

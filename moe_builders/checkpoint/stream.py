@@ -1,18 +1,28 @@
 """Fill a (sharded) model from a folder piece by piece, and take pieces out of it again."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from moe_builders.checkpoint.folder import Entry, TensorFolder
+from moe_builders.checkpoint.folder import Entry, TensorSource
 from moe_builders.errors import InputError
-from moe_builders.parallel.sharding import local_shard, raise_together, whole_tensor
-from moe_builders.weights import Piece
+from moe_builders.parallel.sharding import (
+    LocalShard,
+    local_shard,
+    raise_together,
+    whole_tensor,
+)
+from moe_builders.pieces import Piece
 
 _LISTED = 20  # names shown of each kind of mistake
+_STRIP = 128  # columns turned at a time, see ``_copy``
+_AT_ONCE = 2**24  # values on their way from the folder into a parameter, unless a row has more
+_QUICK = 2.0  # seconds that need no progress bar
 
 
 def model_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -48,7 +58,7 @@ def check_complete(
     plan: Sequence[Piece],
     present: Mapping[str, Entry],
     where: str | Path,
-    passes_through: Callable[[str], bool],
+    carried: Collection[str] = (),
 ) -> None:
     """Compare a plan with a folder's contents.
 
@@ -56,14 +66,15 @@ def check_complete(
         plan: what the model needs.
         present: the tensors on disk.
         where: the folder, for the message.
-        passes_through: whether a tensor without a place in the model is to be left alone.
+        carried: tensors on disk that are left alone.
 
     Raises:
         InputError: one error that lists all missing, surplus and mis-shaped tensors.
     """
     planned = {piece.disk: piece for piece in plan}
-    missing = [name for name in planned if name not in present]
-    surplus = [name for name in present if name not in planned and not passes_through(name)]
+    known = planned.keys() | set(carried)
+    missing = [n for n, piece in planned.items() if n not in present and not piece.copy]
+    surplus = [name for name in present if name not in known]
     misshaped = [
         f"{name} {list(present[name].shape)} instead of {list(piece.shape)}"
         for name, piece in planned.items()
@@ -75,26 +86,51 @@ def check_complete(
         raise InputError(f"{where} does not fit the model: {'; '.join(found)}")
 
 
-def load_pieces(model: nn.Module, plan: Sequence[Piece], folder: TensorFolder) -> None:
+def load_pieces(
+    model: nn.Module, plan: Sequence[Piece], folder: TensorSource, *, show: bool = False
+) -> None:
     """Copy each piece's overlap with this process's shards; nothing else is read.
 
+    Args:
+        model: has memory (``materialize``).
+        plan: what fills it.
+        folder: where from.
+        show: draw a progress bar if this is a terminal and takes a while.
+
     Raises:
-        InputError: a parameter still holds NaN afterwards.
+        InputError: a parameter still holds NaN afterwards, or a copy of one is not its equal.
     """
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for piece in plan:
         pieces[piece.ours].append(piece)
-    spoiled, error = [], None
+    spoiled, unequal, error = [], [], None
+    shards = {name: local_shard(tensor) for name, tensor in model.state_dict().items()}
+    bar = tqdm(
+        total=sum(shard.tensor.nbytes for shard in shards.values()), desc="loading", unit="B",
+        unit_scale=True, delay=_QUICK, dynamic_ncols=True, leave=False,
+        disable=None if show else True,
+    )  # fmt: skip
     try:
-        for name, tensor in model.state_dict().items():
-            shard = local_shard(tensor)
+        for name, shard in shards.items():
             with torch.no_grad():
-                for piece in pieces[name]:
-                    _copy_overlap(piece, folder, shard.tensor, shard.offset)
-            if tensor.is_floating_point() and shard.tensor.isnan().any():
+                for group in _by_disk(piece for piece in pieces[name] if not piece.copy):
+                    _copy_overlap(group, folder, shard)
+            bar.update(shard.tensor.nbytes)
+            if _has_nan(shard.tensor):
                 spoiled.append(name)
+                continue
+            copies = (piece for piece in pieces[name] if piece.copy)
+            unequal += [copy for copy in copies if not _all_equal(copy, folder, shard)]
     except InputError as damaged:
         error = damaged
+    finally:
+        bar.close()
+    if unequal:
+        error = InputError(
+            f"{folder.path} holds other values in {_listed([copy.disk for copy in unequal])} than "
+            f"in {_listed([_source_of(copy, plan) for copy in unequal])}, but the model has one "
+            "parameter for both: untie them in config.json or remove the copy from the folder"
+        )
     if spoiled:
         error = InputError(
             f"{folder.path} left NaN in {len(spoiled)} parameters: {_listed(spoiled)}; the files "
@@ -111,46 +147,132 @@ def take_pieces(
     Sharded parameters are gathered one at a time, on every process; ``keep`` is False where the
     answer is not written and nothing is kept.
     """
-    by_disk = {piece.disk: piece for piece in plan}
+    by_disk: dict[str, list[Piece]] = defaultdict(list)
+    for piece in plan:
+        by_disk[piece.disk].append(piece)
     state = model.state_dict()
 
     def tensors_of(names: list[str]) -> dict[str, Tensor]:
         by_parameter: dict[str, list[Piece]] = defaultdict(list)
         for name in names:
-            by_parameter[by_disk[name].ours].append(by_disk[name])
-        taken = {}
+            for piece in by_disk[name]:
+                by_parameter[piece.ours].append(piece)
+        taken: dict[str, Tensor] = {}
         for ours, pieces in by_parameter.items():
             whole = whole_tensor(state[ours]).detach()
             if not keep:
                 continue
             for piece in pieces:
-                region = tuple(
-                    slice(o, o + s) for o, s in zip(piece.offset, piece.size, strict=True)
-                )
-                part = whole[region].reshape(piece.shape).to("cpu", dtypes[piece.disk])
-                taken[piece.disk] = part.contiguous().clone()
-        return taken
+                if piece.disk not in taken:  # the pieces of a tensor leave nothing of it unset
+                    taken[piece.disk] = torch.empty(piece.shape, dtype=dtypes[piece.disk])
+                put_piece(piece, whole, taken[piece.disk])
+        return {name: taken[name] for name in names if keep}
 
     return tensors_of
 
 
-def _copy_overlap(
-    piece: Piece, folder: TensorFolder, local: Tensor, offset: tuple[int, ...]
+def put_piece(piece: Piece, whole: Tensor, on_disk: Tensor) -> None:
+    """Write a piece of a whole parameter into its tensor as it goes to disk."""
+    _copy(_laid_out(piece, on_disk, (0,) * on_disk.ndim), whole[piece.region])
+
+
+def _by_disk(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    groups: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[piece.disk].append(piece)
+    return list(groups.values())
+
+
+def _copy_overlap(pieces: Sequence[Piece], folder: TensorSource, shard: LocalShard) -> None:
+    """Fill the shard's part of some pieces of one tensor on disk."""
+    overlaps = (piece.within(shard.offset, shard.tensor.shape) for piece in pieces)
+    parts = [part for part in overlaps if part is not None]
+    if not parts:
+        return
+    box = _around(parts)
+    rows = shard.tensor.shape[0] if shard.tensor.ndim else 1
+    if _elements(box) > _AT_ONCE and rows > 1:
+        for half in (slice(0, rows // 2), slice(rows // 2, rows)):
+            offset = (shard.offset[0] + half.start, *shard.offset[1:])
+            _copy_overlap(pieces, folder, LocalShard(shard.tensor[half], offset))
+        return
+    # what alternates is read once; what lies apart without the bytes between
+    if _elements(box) > sum(_elements(part.span) for part in parts):
+        for part in parts:
+            _fill_parts([part], part.span, folder, shard.tensor)
+    else:
+        _fill_parts(parts, box, folder, shard.tensor)
+
+
+def _fill_parts(
+    parts: Sequence[Piece], box: tuple[slice, ...], folder: TensorSource, local: Tensor
 ) -> None:
-    source, target = [], []  # slices of the tensor on disk, of the local shard
-    for start, size, shard_start, shard_size in zip(
-        piece.offset, piece.size, offset, local.shape, strict=True
-    ):
-        first, last = max(start, shard_start), min(start + size, shard_start + shard_size)
-        if first >= last:
-            return
-        source.append(slice(first - start, last - start))
-        target.append(slice(first - shard_start, last - shard_start))
-    # on disk an expert's tensor lacks the expert dim, whose slice is always 0:1
-    source = source[len(source) - len(piece.shape) :]
-    value = folder.read(piece.disk, tuple(source))
-    view = local[tuple(target)]
-    view.copy_(value.reshape(view.shape))
+    value, first = folder.read(parts[0].disk, box), tuple(side.start for side in box)
+    for part in parts:
+        _copy(local[part.region], _laid_out(part, value, first))
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor: its largest value is NaN if any is."""
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(tensor.max().isnan())
+
+
+def _all_equal(copy: Piece, folder: TensorSource, shard: LocalShard) -> bool:
+    """Whether the shard's part of a copy on disk holds what the shard does."""
+    count = max(1, _AT_ONCE // max(1, shard.tensor.shape[1:].numel()))
+    return all(
+        _equal(copy, folder, LocalShard(rows, (shard.offset[0] + n * count, *shard.offset[1:])))
+        for n, rows in enumerate(shard.tensor.split(count))
+    )
+
+
+def _equal(piece: Piece, folder: TensorSource, shard: LocalShard) -> bool:
+    part = piece.within(shard.offset, shard.tensor.shape)
+    if part is None:
+        return True
+    value = _laid_out(part, folder.read(part.disk, part.span), tuple(s.start for s in part.span))
+    mine = shard.tensor[part.region]
+    return torch.equal(value.to(mine), mine)
+
+
+def _source_of(copy: Piece, plan: Iterable[Piece]) -> str:
+    return next(piece.disk for piece in plan if piece.ours == copy.ours and not piece.copy)
+
+
+def _laid_out(piece: Piece, value: Tensor, first: tuple[int, ...]) -> Tensor:
+    """A view of values on disk, the box of them that starts at ``first``, shaped as the region."""
+    steps = zip(piece.span, piece.step, first, strict=True)
+    index = tuple(slice(side.start - at, side.stop - at, step) for side, step, at in steps)
+    dims = [dim for dim in piece.order if dim is not None]
+    alone = [dim for dim in range(value.ndim) if dim not in dims]  # of size one
+    return value[index].permute([*dims, *alone]).view(piece.size)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy; strip by strip where the two run through memory in different directions.
+
+    Whole matrices would miss the cache at every element: five times as long on a CPU.
+    """
+    last_two = range(target.ndim)[-2:]
+    along = min(last_two, key=target.stride, default=None)
+    if along is None or along == min(last_two, key=source.stride):
+        target.copy_(source)
+        return
+    strips = target.split(_STRIP, along), source.to(target.device).split(_STRIP, along)
+    for into, strip in zip(*strips, strict=True):
+        into.copy_(strip)
+
+
+def _around(parts: Sequence[Piece]) -> tuple[slice, ...]:
+    """The box on disk around all of them."""
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*(part.span for part in parts), strict=True)
+    )
+
+
+def _elements(box: Iterable[slice]) -> int:
+    return prod(side.stop - side.start for side in box)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,41 +11,25 @@ from typing import Any
 
 from torch import nn
 
+from moe_builders import hf_rows
 from moe_builders.attention.gqa import GroupedQueryAttention
 from moe_builders.attention.rope import RotaryEmbedding
+from moe_builders.config_reader import ConfigReader
 from moe_builders.decoder import MoEDecoder, moe_decoder
 from moe_builders.errors import InputError
+from moe_builders.family import Family
 from moe_builders.moe import moe_layer, shared_experts
-from moe_builders.weights import Rename, Row, Stack
 
 MODEL_TYPE = "qwen3_moe"
 
-WEIGHT_MAP: tuple[Row, ...] = (
-    Rename("model.embed_tokens.weight", "tok_embeddings.weight"),
-    Rename("model.layers.{l}.input_layernorm.weight", "layers.{l}.sa_norm.weight"),
-    Rename("model.layers.{l}.self_attn.q_proj.weight", "layers.{l}.attn.q_proj.weight"),
-    Rename("model.layers.{l}.self_attn.k_proj.weight", "layers.{l}.attn.k_proj.weight"),
-    Rename("model.layers.{l}.self_attn.v_proj.weight", "layers.{l}.attn.v_proj.weight"),
-    Rename("model.layers.{l}.self_attn.o_proj.weight", "layers.{l}.attn.output_proj.weight"),
-    Rename("model.layers.{l}.self_attn.q_proj.bias", "layers.{l}.attn.q_proj.bias"),
-    Rename("model.layers.{l}.self_attn.k_proj.bias", "layers.{l}.attn.k_proj.bias"),
-    Rename("model.layers.{l}.self_attn.v_proj.bias", "layers.{l}.attn.v_proj.bias"),
-    Rename("model.layers.{l}.self_attn.o_proj.bias", "layers.{l}.attn.output_proj.bias"),
-    Rename("model.layers.{l}.self_attn.q_norm.weight", "layers.{l}.attn.q_norm.weight"),
-    Rename("model.layers.{l}.self_attn.k_norm.weight", "layers.{l}.attn.k_norm.weight"),
-    Rename("model.layers.{l}.post_attention_layernorm.weight", "layers.{l}.mlp_norm.weight"),
-    Rename("model.layers.{l}.mlp.gate.weight", "layers.{l}.mlp.router.gate.weight"),
-    Stack(
-        "model.layers.{l}.mlp.experts.{e}.{gate,up}_proj.weight",
-        "layers.{l}.mlp.experts.gate_up_proj",
-    ),
-    Stack("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "layers.{l}.mlp.experts.down_proj"),
-    # dense layers
-    Rename("model.layers.{l}.mlp.gate_proj.weight", "layers.{l}.mlp.w1.weight"),
-    Rename("model.layers.{l}.mlp.up_proj.weight", "layers.{l}.mlp.w3.weight"),
-    Rename("model.layers.{l}.mlp.down_proj.weight", "layers.{l}.mlp.w2.weight"),
-    Rename("model.norm.weight", "norm.weight"),
-    Rename("lm_head.weight", "output.weight"),
+WEIGHT_MAP = (
+    *hf_rows.EMBEDDINGS,
+    *hf_rows.PRE_NORMS,
+    *hf_rows.ATTENTION,
+    *hf_rows.QK_NORMS,
+    *hf_rows.ROUTER,
+    *hf_rows.EXPERTS,
+    *hf_rows.DENSE_MLP,
 )
 
 
@@ -62,6 +46,7 @@ def qwen3_moe(
     expert_hidden_dim: int,
     max_seq_len: int,
     rope_base: float = 1_000_000.0,
+    rope_scaling: Mapping[str, Any] | None = None,
     norm_eps: float = 1e-6,
     normalize_weights: bool = True,
     attention_bias: bool = False,
@@ -83,6 +68,7 @@ def qwen3_moe(
         expert_hidden_dim: [moe_intermediate_size], of one expert.
         max_seq_len: [max_position_embeddings].
         rope_base: [rope_theta].
+        rope_scaling: [rope_scaling, rope_parameters], see ``RotaryEmbedding``.
         norm_eps: [rms_norm_eps].
         normalize_weights: [norm_topk_prob].
         attention_bias: [attention_bias].
@@ -96,7 +82,12 @@ def qwen3_moe(
     """
     if dense_layers and intermediate_dim is None:
         raise InputError(f"layers {list(dense_layers)} are dense, but intermediate_dim is not set")
-    rope = RotaryEmbedding(head_dim=head_dim, base=rope_base)
+    rope = RotaryEmbedding(
+        head_dim=head_dim,
+        base=rope_base,
+        scaling=rope_scaling,
+        max_seq_len=max_seq_len,
+    )
 
     def attention(layer: int) -> nn.Module:
         return GroupedQueryAttention(
@@ -168,6 +159,26 @@ def qwen3_moe_235b_a22b() -> MoEDecoder:
     )
 
 
+def qwen3_coder_480b_a35b() -> MoEDecoder:
+    """Qwen3-Coder-480B-A35B-Instruct: 480,154,875,392 parameters, 35.47 B active.
+
+    Source: its config.json.
+    """
+    return qwen3_moe(
+        vocab_size=151936,
+        embed_dim=6144,
+        num_layers=62,
+        num_heads=96,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=160,
+        experts_per_token=8,
+        expert_hidden_dim=2560,
+        max_seq_len=262144,
+        rope_base=10_000_000.0,
+    )
+
+
 def qwen3_moe_tiny(*, vocab_size: int = 256) -> MoEDecoder:
     """A few layers of everything, for tests and first steps; no release has this size."""
     return qwen3_moe(
@@ -184,116 +195,47 @@ def qwen3_moe_tiny(*, vocab_size: int = 256) -> MoEDecoder:
     )
 
 
-# Fields that change nothing a trainer computes: bookkeeping, generation, other programs' switches.
-_INERT_FIELDS = frozenset({
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id",
-    "initializer_range", "max_window_layers", "model_type", "output_router_logits", "pad_token_id",
-    "router_aux_loss_coef", "sliding_window", "torch_dtype", "transformers_version", "use_cache",
-})  # fmt: skip
-# Fields that are honoured only at these values.
-_FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0, 0.0),
-    "use_sliding_window": (False,),
-    "rope_scaling": (None,),
-    "use_qk_norm": (True,),
-    "qkv_bias": (False,),
-    "shared_expert_intermediate_size": (0,),
-    "quantization_config": (None,),
-}
-_READ_FIELDS = frozenset({
-    "attention_bias", "decoder_sparse_step", "head_dim", "hidden_size", "intermediate_size",
-    "max_position_embeddings", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
-    "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers",
-    "num_key_value_heads", "num_local_experts", "rms_norm_eps", "rope_parameters", "rope_theta",
-    "tie_word_embeddings", "vocab_size",
-})  # fmt: skip
-
-
 def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of this model type -> arguments of ``qwen3_moe``.
 
-    Reads both spellings of the rotary base (hub files: ``rope_theta``; transformers 5:
-    ``rope_parameters``).
-
     Raises:
-        InputError: fields this family does not honour, or a needed field that is missing; all of
+        InputError: fields this family does not honour, or needed ones that are missing; all of
             them are named.
     """
-    unknown = sorted(set(config) - _INERT_FIELDS - _READ_FIELDS - set(_FIXED_FIELDS))
-    refused = [f"{name}={config[name]!r}" for name in unknown]
-    refused += [
-        f"{name}={config[name]!r} (only {allowed[0]!r})"
-        for name, allowed in _FIXED_FIELDS.items()
-        if config.get(name, allowed[0]) not in allowed
-    ]
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        refused.append(f"rope_parameters.rope_type={rope['rope_type']!r} (only 'default')")
-    refused += [
-        f"rope_parameters.{name}={rope[name]!r}"
-        for name in sorted(set(rope) - {"rope_type", "rope_theta"})
-    ]
-    if refused:
-        raise InputError(
-            f"config.json of a {MODEL_TYPE} holds what is not supported: {', '.join(refused)}"
-        )
-    fields = {
-        "num_experts": config.get("num_local_experts"),
-        "rope_theta": rope.get("rope_theta"),
-    } | dict(config)
-    needed = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "num_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "max_position_embeddings",
-        "rope_theta",
-    )
-    missing = [name for name in needed if fields.get(name) is None]
-    if missing:
-        raise InputError(f"config.json of a {MODEL_TYPE} lacks {', '.join(missing)}")
-    sizes = (*needed, "head_dim", "rms_norm_eps", "decoder_sparse_step", "intermediate_size")
-    given = {name: fields[name] for name in sizes if fields.get(name) is not None}
-    wrong = [f"{n}={v!r}" for n, v in given.items() if not _is_size(v, whole=n[0] != "r")]
-    if wrong:
-        raise InputError(
-            f"config.json of a {MODEL_TYPE} holds what must be a number above 0: {', '.join(wrong)}"
-        )
-    layers, step = fields["num_hidden_layers"], fields.get("decoder_sparse_step", 1)
-    only_dense = fields.get("mlp_only_layers") or []
-    return {
-        "vocab_size": fields["vocab_size"],
-        "embed_dim": fields["hidden_size"],
+    read = ConfigReader(config, MODEL_TYPE)
+    layers = read.whole("num_hidden_layers")
+    step = read.whole("decoder_sparse_step", default=1)
+    only_dense = read.layers("mlp_only_layers", num_layers=layers)
+    dim, heads = read.whole("hidden_size"), read.whole("num_attention_heads")
+    normalised = read.flag("norm_topk_prob", default=False)
+    arguments = {
+        "vocab_size": read.whole("vocab_size"),
+        "embed_dim": dim,
         "num_layers": layers,
-        "num_heads": fields["num_attention_heads"],
-        "num_kv_heads": fields["num_key_value_heads"],
-        "head_dim": fields.get("head_dim")
-        or fields["hidden_size"] // fields["num_attention_heads"],
-        "num_experts": fields["num_experts"],
-        "experts_per_token": fields["num_experts_per_tok"],
-        "expert_hidden_dim": fields["moe_intermediate_size"],
-        "max_seq_len": fields["max_position_embeddings"],
-        "rope_base": fields["rope_theta"],
-        "norm_eps": fields.get("rms_norm_eps", 1e-6),
-        "normalize_weights": fields.get("norm_topk_prob", False),
-        "attention_bias": fields.get("attention_bias", False),
-        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-        "intermediate_dim": fields.get("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": read.whole("num_key_value_heads"),
+        "head_dim": read.whole("head_dim", default=dim // heads),
+        "num_experts": read.whole("num_experts", "num_local_experts"),
+        "experts_per_token": read.top_k("num_experts_per_tok", normalised=normalised),
+        "expert_hidden_dim": read.whole("moe_intermediate_size"),
+        "max_seq_len": read.whole("max_position_embeddings"),
+        **read.rope(),
+        "norm_eps": read.number("rms_norm_eps", default=1e-6),
+        "normalize_weights": normalised,
+        "attention_bias": read.flag("attention_bias", default=False),
+        "tie_word_embeddings": read.flag("tie_word_embeddings", default=False),
+        "intermediate_dim": read.whole("intermediate_size", default=None),
         "dense_layers": tuple(n for n in range(layers) if n in only_dense or (n + 1) % step != 0),
     }
+    read.only("hidden_act", "silu")
+    read.only("attention_dropout", 0)
+    read.only("use_sliding_window", False)
+    read.only("use_qk_norm", True)
+    read.only("qkv_bias", False)
+    read.only("shared_expert_intermediate_size", 0)
+    read.ignore("max_window_layers", "sliding_window")  # of windows, which are off
+    read.finish()
+    return arguments
 
 
-def _is_size(value: Any, *, whole: bool) -> bool:
-    """Above 0, a whole number unless it is one of the rotary base and the norms' epsilon."""
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    return number and value > 0
-
-
-def build(config: Mapping[str, Any]) -> MoEDecoder:
-    """The model that a config.json describes, with random weights."""
-    return qwen3_moe(**builder_arguments(config))
+FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, qwen3_moe)

@@ -3,6 +3,7 @@
 Letters: a rows · h hidden_dim of one expert.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,19 @@ def geglu(z: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def geglu_exact(z: Tensor) -> Tensor:
+    """gelu(gate) · up, without the approximation. Source: Shazeer 2020 (2002.05202), GEGLU."""
+    gate, up = z.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def clamped_swiglu(z: Tensor, *, limit: float, alpha: float) -> Tensor:
+    """(up + 1) · gate · sigmoid(alpha · gate), gate ≤ limit and |up| ≤ limit (gpt-oss)."""
+    gate, up = z.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * (gate * alpha).sigmoid())
+
+
 def relu2(z: Tensor) -> Tensor:
     """relu(z)², ungated. Source: So et al. 2021 (2109.08668), Primer."""
     return F.relu(z).square()
@@ -49,11 +63,39 @@ def gelu_tanh(z: Tensor) -> Tensor:
     return F.gelu(z, approximate="tanh")
 
 
+def silu(z: Tensor) -> Tensor:
+    """z · sigmoid(z), ungated."""
+    return F.silu(z)
+
+
+def gpt_oss_swiglu(*, limit: float = 7.0, alpha: float = 1.702) -> Activation:
+    """gpt-oss' gated form with clamped halves.
+
+    On disk gate and up rows take turns; here gate rows come first, as everywhere.
+
+    Args:
+        limit: the gate's highest value; the up half lies within ± limit. [swiglu_limit]
+        alpha: steepness of the gate's sigmoid. [swiglu_alpha]
+
+    Raises:
+        InputError: limit is not above 0: a clamp there leaves nothing to learn from.
+
+    Source: transformers ``GptOssExperts``; OpenAI 2025 (2508.10925).
+    """
+    if not limit > 0:
+        raise InputError(f"limit is {limit}, but must be above 0 (gpt-oss: 7.0)")
+    function = functools.partial(clamped_swiglu, limit=limit, alpha=alpha)
+    return Activation("gpt_oss", gated=True, function=function)
+
+
 ACTIVATIONS = {
     "swiglu": Activation("swiglu", gated=True, function=swiglu),
     "geglu": Activation("geglu", gated=True, function=geglu),
+    "geglu_exact": Activation("geglu_exact", gated=True, function=geglu_exact),
+    "gpt_oss": gpt_oss_swiglu(),
     "relu2": Activation("relu2", gated=False, function=relu2),
     "gelu_tanh": Activation("gelu_tanh", gated=False, function=gelu_tanh),
+    "silu": Activation("silu", gated=False, function=silu),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_builders.errors import InputError
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
-ScoreFunction = Literal["softmax", "sigmoid", "topk_softmax"]
+ScoreFunction = Literal["softmax", "sigmoid", "topk_softmax", "topk_sigmoid"]
 
 
 class TokenChoiceTopKRouter(nn.Module):
@@ -29,10 +29,12 @@ class TokenChoiceTopKRouter(nn.Module):
         num_experts: e.
         experts_per_token: k, 1 ≤ k ≤ e.
         score_function: "softmax" over all experts; "sigmoid" per expert; "topk_softmax": the k
-            best logits are selected and the softmax runs over these k only.
+            best logits are selected and the softmax runs over these k only; "topk_sigmoid": logits
+            are selected, too, where sigmoids that all round to 1 would be a draw (Llama 4).
         normalize_weights: divide a token's weights by their sum (k > 1; with k = 1 every weight
             would be 1 and the router would get no gradient, so it is left alone).
         normalize_eps: added to that sum.
+        normalize_min: what that sum counts for at least (ERNIE 4.5).
         route_scale: multiplies the weights at the end.
         expert_bias: keep a selection-only bias: a buffer, never given a gradient.
         gate_bias: the gate has a bias of its own (it does get a gradient).
@@ -57,6 +59,7 @@ class TokenChoiceTopKRouter(nn.Module):
         score_function: ScoreFunction = "softmax",
         normalize_weights: bool = True,
         normalize_eps: float = 1e-20,
+        normalize_min: float = 0.0,
         route_scale: float = 1.0,
         expert_bias: bool = False,
         gate_bias: bool = False,
@@ -83,6 +86,7 @@ class TokenChoiceTopKRouter(nn.Module):
         self.score_function = score_function
         self.normalize_weights = normalize_weights and experts_per_token > 1
         self.normalize_eps = normalize_eps
+        self.normalize_min = normalize_min
         self.route_scale = route_scale
         self.num_groups = num_groups
         self.groups_per_token = groups_per_token
@@ -100,20 +104,25 @@ class TokenChoiceTopKRouter(nn.Module):
             info: masked tokens are routed nowhere.
         """
         logits = gate_logits(self.gate, x)  # [t, e]
-        if self.score_function == "sigmoid":
+        if self.score_function.endswith("sigmoid"):
             scores = logits.sigmoid()
             # softmax of log-sigmoid = the scores over their sum, but also where all underflow
             probs = F.logsigmoid(logits).softmax(-1)
         else:
             scores = probs = logits.softmax(-1)
-        if self.score_function == "topk_softmax":
+        if self.score_function.startswith("topk_"):
             scores = logits
         expert = self._select(scores.detach())  # [t, k]
         weights = scores.gather(1, expert)  # [t, k]
+        if self.score_function == "topk_sigmoid":
+            weights = weights.sigmoid()
         if self.score_function == "topk_softmax":
             weights = weights.softmax(-1)
         elif self.normalize_weights:
-            weights = weights / (weights.sum(-1, keepdim=True) + self.normalize_eps)
+            total = weights.sum(-1, keepdim=True)  # [t, 1]
+            if self.normalize_min > 0:
+                total = total.clamp(min=self.normalize_min)
+            weights = weights / (total + self.normalize_eps)
         if self.route_scale != 1.0:
             weights = weights * self.route_scale
         return route_by_choice(
@@ -153,14 +162,14 @@ def _check_groups(
 ) -> None:
     if num_groups < 1 or num_experts % num_groups:
         raise InputError(f"num_groups is {num_groups}, but must divide num_experts ({num_experts})")
-    if num_groups == 1:
-        return
-    size = num_experts // num_groups
     if not 1 <= groups_per_token <= num_groups:
         raise InputError(
             f"groups_per_token is {groups_per_token}, but must lie between 1 and num_groups "
             f"({num_groups})"
         )
+    if num_groups == 1:
+        return
+    size = num_experts // num_groups
     if not 1 <= group_score_topk <= size:
         raise InputError(
             f"group_score_topk is {group_score_topk}, but must lie between 1 and the "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from moe_builders.checkpoint.folder import (
     TensorFolder,
     check_output_folder,
     publish,
+    raise_alone,
+    split_into_files,
     write_tensors,
 )
 from moe_builders.errors import InputError
@@ -111,6 +114,70 @@ def test_a_process_that_does_not_write_still_takes_part(tmp_path):
     )
     assert calls == list(FILES.values())
     assert not list(tmp_path.iterdir())
+
+
+def test_one_files_tensors_are_gone_before_the_next(tmp_path):
+    alive = []
+
+    def tensors_of(names: list[str]) -> dict[str, torch.Tensor]:
+        assert not any(tensor() is not None for tensor in alive)
+        tensors = {name: torch.zeros(3) for name in names}
+        alive.extend(map(weakref.ref, tensors.values()))
+        return tensors
+
+    write_tensors(tmp_path, FILES, tensors_of, with_index=False, write=True)
+    assert len(alive) == 3
+
+
+def test_tensors_that_one_process_cannot_read_stop_all(tmp_path):
+    """The others wait in ``agree`` for the one that reads."""
+    heard = []
+
+    def tensors_of(names: list[str]) -> dict[str, torch.Tensor]:
+        raise InputError("the source is gone")
+
+    def agree(error: InputError | None) -> None:
+        heard.append(str(error))
+        raise_alone(error)
+
+    with pytest.raises(InputError, match="the source is gone"):
+        write_tensors(tmp_path, FILES, tensors_of, with_index=True, write=True, agree=agree)
+    assert heard == ["the source is gone"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_of_the_single_file(tmp_path):
+    """Some programs write one."""
+    save_file({"t": torch.arange(2)}, tmp_path / SINGLE_NAME)
+    index = {"metadata": {}, "weight_map": {"t": SINGLE_NAME}}
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    folder = TensorFolder(tmp_path)
+    assert folder.has_index
+    assert folder.entries == {"t": Entry(SINGLE_NAME, "I64", (2,))}
+    assert folder.read("t", (slice(None),)).tolist() == [0, 1]
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    for n in (1, 2):
+        save_file(
+            {"t": torch.full((2,), n), f"u{n}": torch.zeros(1)}, tmp_path / f"{n}.safetensors"
+        )
+    weight_map = {"t": "1.safetensors", "u1": "1.safetensors", "u2": "2.safetensors"}
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"holds t twice, in 1\.safetensors and in 2\.safetensors"):
+        TensorFolder(tmp_path)
+
+
+def test_how_tensors_are_divided_into_files():
+    sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 0, "f": 7}
+    assert split_into_files(sizes, 7) == {
+        "model-00001-of-00004.safetensors": ["a", "b"],
+        "model-00002-of-00004.safetensors": ["c"],
+        "model-00003-of-00004.safetensors": ["d", "e"],
+        "model-00004-of-00004.safetensors": ["f"],
+    }
+    assert split_into_files(sizes, 24) == {SINGLE_NAME: list(sizes)}
+    assert split_into_files({}, 1) == {SINGLE_NAME: []}
 
 
 def names_in(path: Path) -> list[str]:

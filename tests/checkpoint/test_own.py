@@ -11,6 +11,7 @@ from torchtune.modules import RotaryPositionalEmbeddings
 
 from moe_builders.attention.gqa import GroupedQueryAttention
 from moe_builders.attention.rope import RotaryEmbedding
+from moe_builders.checkpoint import own
 from moe_builders.checkpoint.own import MARKER_NAME, is_own_folder, load_model, save_model
 from moe_builders.checkpoint.stream import materialize
 from moe_builders.decoder import MoEDecoder, moe_decoder
@@ -75,6 +76,18 @@ def test_round_trip(model, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(again(TOKENS), model(TOKENS))
     assert not any(tensor.is_meta for tensor in [*again.parameters(), *again.buffers()])
+
+
+def test_a_large_model_is_written_in_parts(model, tmp_path, monkeypatch):
+    """All of a file is in memory at once."""
+    monkeypatch.setattr(own, "MAX_FILE_BYTES", 10_000)
+    save_model(model, tmp_path / "out")
+    files = list((tmp_path / "out").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    again = on_meta()
+    load_model(again, tmp_path / "out")
+    expected, found = model.state_dict(), again.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_what_lies_on_disk(model, tmp_path):

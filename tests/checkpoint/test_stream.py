@@ -4,7 +4,9 @@ The processes of a mesh are played one after the other with torch's fake process
 needs no communication.
 """
 
+import io
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_weights import Recorder
 from hf_helpers import assert_equal_tensors, write_hf_folder
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -19,7 +22,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_builders import hub
-from moe_builders.checkpoint.folder import TensorFolder
+from moe_builders.checkpoint import quantized, stream
 from moe_builders.checkpoint.stream import model_shapes, take_pieces
 from moe_builders.hub import build_hf_model, load_hf_model, load_hf_weights, read_hf_source
 from moe_builders.parallel.sharding import shard_model
@@ -28,17 +31,6 @@ from moe_builders.weights import make_plan
 
 BF16_BYTES = 2
 NUM_EXPERTS = 8
-
-
-class Recorder(TensorFolder):
-    """Keeps (name, bytes) of every read."""
-
-    reads: list[tuple[str, int]]
-
-    def read(self, name, region):
-        value = super().read(name, region)
-        self.reads.append((name, value.numel() * value.element_size()))
-        return value
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def reads(monkeypatch) -> list[tuple[str, int]]:
     monkeypatch.setattr(Recorder, "reads", [], raising=False)
-    monkeypatch.setattr(hub, "TensorFolder", Recorder)
+    monkeypatch.setattr(quantized, "TensorFolder", Recorder)
     return Recorder.reads
 
 
@@ -144,8 +136,54 @@ def test_one_process_sharded_saves_what_it_loaded(folder, tmp_path):
 
 def test_a_process_that_does_not_write_keeps_nothing(folder):
     model, source = load_hf_model(folder)
-    plan = make_plan(source.family.WEIGHT_MAP, model_shapes(model))
-    names = [piece.disk for piece in plan]
+    plan = make_plan(source.family.weight_map, model_shapes(model))
+    names = [piece.disk for piece in plan if not piece.copy]
     dtypes = dict.fromkeys(names, torch.bfloat16)
     assert take_pieces(model, plan, dtypes, keep=False)(names) == {}
     assert list(take_pieces(model, plan, dtypes, keep=True)(names[:3])) == names[:3]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_large_tensors_come_in_parts(folder, reads, size, monkeypatch):
+    """No more rows than fit at once; still nothing twice, and the same values."""
+    monkeypatch.setattr(stream, "_AT_ONCE", 700)
+    test_each_process_reads_what_it_holds(folder, reads, size)
+    assert max(size for name, size in reads if "embed_tokens" in name) <= 700 * BF16_BYTES
+    assert max(size for name, size in reads if "q_proj" in name) <= 700 * BF16_BYTES
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("show", "quick", "error_stream", "seen"),
+    [
+        (True, 0, Terminal, True), (False, 0, Terminal, False), (True, 0, io.StringIO, False),
+        (True, 60, Terminal, False),
+    ],
+)  # fmt: skip
+def test_the_bar_is_for_terminals_that_wait(
+    folder, monkeypatch, capsys, show, quick, error_stream, seen
+):
+    monkeypatch.setattr(stream, "_QUICK", quick)
+    monkeypatch.setattr("sys.stderr", error_stream())
+    source = read_hf_source(folder)
+    load_hf_weights(build_hf_model(source), source, show=show)
+    said = sys.stderr.getvalue()
+    assert ("loading" in said) is seen
+    assert bool(said) is seen
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_single_nan_is_found(dtype):
+    tensor = torch.full((1000, 33), -float("inf"), dtype=dtype)
+    assert not stream._has_nan(tensor)
+    for place in ((0, 0), (999, 32), (500, 7)):
+        spoiled = tensor.clone()
+        spoiled[place] = float("nan")
+        assert stream._has_nan(spoiled)
+    assert not stream._has_nan(torch.empty(0, 3, dtype=dtype))
+    assert not stream._has_nan(torch.zeros(3, dtype=torch.int64))

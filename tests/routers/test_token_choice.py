@@ -1,6 +1,7 @@
 """Token choice against formulas in loops, against transformers' DeepSeek-V3, and its promises."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_builders.errors import InputError
 from moe_builders.routers import TokenChoiceTopKRouter
+from moe_builders.routers.token_choice import ScoreFunction
 from moe_builders.routing import TokenInfo, check_routing, expert_of_rows
 
 NO_GROUPS = {}
@@ -17,7 +19,7 @@ GROUPS = {"num_groups": 4, "groups_per_token": 2, "group_score_topk": 2}
 GROUPS_BY_BEST = {"num_groups": 2, "groups_per_token": 1, "group_score_topk": 1}
 GRID = list(
     itertools.product(
-        ["softmax", "sigmoid", "topk_softmax"],
+        ["softmax", "sigmoid", "topk_softmax", "topk_sigmoid"],
         [True, False],  # normalize_weights
         [1.0, 2.5],  # route_scale
         [True, False],  # expert_bias
@@ -68,11 +70,11 @@ def test_formulas(score_function, normalize, scale, bias, groups):
 
 def test_logits_and_probs():
     x = torch.randn(5, 6, dtype=torch.float64)
-    for score_function in ("softmax", "sigmoid", "topk_softmax"):
+    for score_function in get_args(ScoreFunction):
         router = router_of(score_function=score_function, gate_bias=True, expert_bias=True).double()
         routing = router(x, TokenInfo())
         logits = x @ router.gate.weight.t() + router.gate.bias
-        scores = 1 / (1 + torch.exp(-logits)) if score_function == "sigmoid" else logits.exp()
+        scores = 1 / (1 + torch.exp(-logits)) if "sigmoid" in score_function else logits.exp()
         assert_near(routing.logits, logits, 1e-12)
         assert_near(routing.probs, scores / scores.sum(-1, keepdim=True), 1e-12)
 
@@ -87,10 +89,24 @@ def test_sigmoid_probs_sum_to_1_where_all_scores_vanish():
     assert router.gate.weight.grad.isfinite().all()
 
 
+def test_large_logits_are_told_apart_where_their_sigmoids_are_not():
+    router = router_of(
+        score_function="topk_sigmoid", normalize_weights=False, experts_per_token=1, gate_bias=True
+    )
+    biases = torch.tensor([60.0, 20.0, 90.0, 40.0, 61.0, 20.0, 89.0, 20.0])
+    with torch.no_grad():
+        router.gate.weight.zero_()
+        router.gate.bias.copy_(biases)
+    assert (biases.sigmoid() == 1).all()
+    expert, weights = chosen(router(torch.randn(3, 6), TokenInfo()))
+    assert expert.tolist() == [[2]] * 3
+    assert (weights == 1).all()
+
+
 @quick
 @given(
     shift=st.sampled_from([-1000.0, -3.0, -0.5, 0.25, 64.0]),
-    score_function=st.sampled_from(["softmax", "sigmoid", "topk_softmax"]),
+    score_function=st.sampled_from(["softmax", "sigmoid", "topk_softmax", "topk_sigmoid"]),
     groups=st.sampled_from([NO_GROUPS, GROUPS, GROUPS_BY_BEST]),
     seed=st.integers(0, 99),
 )
@@ -169,6 +185,19 @@ def test_one_expert_per_token_keeps_its_weight_and_its_gradient():
     assert router.gate.weight.grad.abs().sum() > 0.1
 
 
+def test_a_smallest_sum():
+    """Weights are divided by the larger of their sum and normalize_min."""
+    plain, x = router_of(normalize_weights=False).double(), torch.randn(20, 6).double()
+    least, usual = router_of(normalize_min=0.7).double(), router_of().double()
+    for router in (least, usual):
+        router.load_state_dict(plain.state_dict())
+    raw = chosen(plain(x, TokenInfo()))[1]  # [t, k]
+    total = raw.sum(-1, keepdim=True)
+    assert 3 < (total < 0.7).sum() < 17
+    assert_near(chosen(least(x, TokenInfo()))[1], raw / total.clamp(min=0.7), 1e-12)
+    assert_near(chosen(usual(x, TokenInfo()))[1], raw / total, 1e-12)
+
+
 def test_bf16_tokens_are_routed_in_fp32():
     router = router_of().bfloat16()
     x = torch.randn(40, 6).bfloat16()
@@ -215,9 +244,13 @@ def test_a_tokens_routing_depends_on_it_alone():
     [
         ({"experts_per_token": 0}, "experts_per_token is 0"),
         ({"experts_per_token": 9}, r"experts_per_token is 9.*num_experts \(8\)"),
-        ({"score_function": "relu"}, "'relu' is not one of softmax, sigmoid, topk_softmax"),
+        ({"score_function": "relu"}, "'relu' is not one of softmax, sigmoid, topk_softmax, topk_"),
         ({"num_groups": 0}, "num_groups is 0"),
         ({"num_groups": 3}, "num_groups is 3, but must divide num_experts"),
+        (
+            {"groups_per_token": 2},
+            "groups_per_token is 2, but must lie between 1 and num_groups (1)",
+        ),
         ({"num_groups": 4, "groups_per_token": 0}, "groups_per_token is 0"),
         ({"num_groups": 4, "groups_per_token": 5}, "groups_per_token is 5"),
         ({"num_groups": 4, "groups_per_token": 2, "group_score_topk": 0}, "score_topk is 0"),

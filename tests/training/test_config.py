@@ -260,7 +260,8 @@ def test_built_in_names_resolve_from_any_folder(tmp_path, monkeypatch, name):
 def test_unknown_names_list_the_built_in_ones(refusal):
     for argv, message in (
         (["--config", "qwen3_moe/30B_A3B_ful"], "did you mean 'qwen3_moe/30B_A3B_full'?"),
-        (["--config", "nope"], "built-in are: qwen3_moe/235B_A22B_full, qwen3_moe/30B_A3B_full"),
+        (["--config", "nope"], "nor a built-in name; built-in are: "),
+        (["--config", "nope"], ", qwen3_moe/235B_A22B_full, qwen3_moe/30B_A3B_full, "),
         (["--config"], "--config is missing: give it a YAML file or a built-in name"),
         (["seed=1"], "--config is missing"),
         (["--conf", "nope"], "--config is missing"),
