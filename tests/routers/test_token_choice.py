@@ -247,10 +247,7 @@ def test_a_tokens_routing_depends_on_it_alone():
         ({"score_function": "relu"}, "'relu' is not one of softmax, sigmoid, topk_softmax, topk_"),
         ({"num_groups": 0}, "num_groups is 0"),
         ({"num_groups": 3}, "num_groups is 3, but must divide num_experts"),
-        (
-            {"groups_per_token": 2},
-            "groups_per_token is 2, but must lie between 1 and num_groups (1)",
-        ),
+        ({"groups_per_token": 2}, r"groups_per_token is 2, .*num_groups \(1\)"),
         ({"num_groups": 4, "groups_per_token": 0}, "groups_per_token is 0"),
         ({"num_groups": 4, "groups_per_token": 5}, "groups_per_token is 5"),
         ({"num_groups": 4, "groups_per_token": 2, "group_score_topk": 0}, "score_topk is 0"),
