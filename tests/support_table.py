@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 from moe_builders.families import BY_MODEL_TYPE
 
 ROOT = Path(__file__).parents[1]
+FAMILIES = "moe_builders.families."
 RESULTS = ROOT / "tests" / "results" / "families.json"
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- families:begin -->\n).*?(<!-- families:end -->)", re.DOTALL)
@@ -84,24 +85,31 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _rows(families: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """(model_type with results of its own, those that share its builder and have none)."""
-    rows: dict[Any, list[str]] = {}
+    """(model_type with results of its own, those of the same file that have none)."""
+    rows: dict[str, list[str]] = {}
     alone = []
-    for name, family in sorted(BY_MODEL_TYPE.items()):
+    for name in sorted(BY_MODEL_TYPE):
         if name in families:
-            rows.setdefault(family.builder, []).append(name)
+            rows.setdefault(family_file(name), []).append(name)
         else:
             alone.append(name)
     also: dict[str, list[str]] = {}
     for name in alone:
-        own = rows.get(BY_MODEL_TYPE[name].builder, [name])[0]
+        own = rows.get(family_file(name), [name])[0]
         also.setdefault(own, []).extend([] if own == name else [name])
     shown = {*families, *also} & BY_MODEL_TYPE.keys()
     return [(name, also.get(name, [])) for name in sorted(shown)]
 
 
+def family_file(name: str) -> str:
+    """The file of ``families/`` that a model_type stands in; several may share one."""
+    modules = [module for key, module in sys.modules.items() if key.startswith(FAMILIES)]
+    holds = (m.__name__ for m in modules if BY_MODEL_TYPE[name] in vars(m).values())
+    return next(holds)
+
+
 def _title(name: str) -> str:
-    document = sys.modules[BY_MODEL_TYPE[name].builder.__module__].__doc__ or name
+    document = sys.modules[family_file(name)].__doc__ or name
     return document.partition(":")[0]
 
 

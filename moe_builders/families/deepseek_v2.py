@@ -13,15 +13,11 @@ YaRN's mscale² is in the scale of the scores; all norms pre-norm.
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from moe_builders import hf_rows
-from moe_builders.attention.mla import MultiHeadLatentAttention, score_scale
-from moe_builders.attention.rope import RotaryEmbedding
 from moe_builders.config_reader import ConfigReader
-from moe_builders.decoder import MoEDecoder, moe_decoder
+from moe_builders.decoder import MoEDecoder
 from moe_builders.family import Family
-from moe_builders.moe import moe_layer, shared_experts
+from moe_builders.latent_decoder import latent_moe_decoder
 
 MODEL_TYPE = "deepseek_v2"
 
@@ -36,118 +32,9 @@ WEIGHT_MAP = (
 )
 
 
-def deepseek_v2(
-    *,
-    vocab_size: int,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    q_lora_rank: int | None,
-    kv_lora_rank: int,
-    qk_nope_head_dim: int,
-    qk_rope_head_dim: int,
-    v_head_dim: int,
-    num_experts: int,
-    experts_per_token: int,
-    expert_hidden_dim: int,
-    shared_hidden_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    num_dense_layers: int = 1,
-    num_groups: int = 1,
-    groups_per_token: int = 1,
-    route_scale: float = 1.0,
-    rope_base: float = 10_000.0,
-    rope_scaling: Mapping[str, Any] | None = None,
-    norm_eps: float = 1e-6,
-    attention_bias: bool = False,
-    tie_word_embeddings: bool = False,
-) -> MoEDecoder:
-    """A DeepSeek-V2 decoder from plain numbers.
-
-    Args:
-        vocab_size: [vocab_size].
-        embed_dim: [hidden_size].
-        num_layers: [num_hidden_layers].
-        num_heads: [num_attention_heads].
-        q_lora_rank, kv_lora_rank: [q_lora_rank, kv_lora_rank], widths of the latents; None: the
-            queries have none.
-        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: fields of these names.
-        num_experts: [n_routed_experts].
-        experts_per_token: [num_experts_per_tok].
-        expert_hidden_dim: [moe_intermediate_size], of one expert.
-        shared_hidden_dim: [n_shared_experts · moe_intermediate_size], of all shared ones together.
-        intermediate_dim: [intermediate_size], width of the dense layers.
-        max_seq_len: [max_position_embeddings].
-        num_dense_layers: [first_k_dense_replace], the first ones.
-        num_groups, groups_per_token: [n_group, topk_group]; a group counts as its best expert.
-        route_scale: [routed_scaling_factor].
-        rope_base: [rope_theta].
-        rope_scaling: [rope_scaling, rope_parameters], see ``RotaryEmbedding``.
-        norm_eps: [rms_norm_eps]; the latents' norms have 1e-6.
-        attention_bias: [attention_bias], of the projections down to the latents and of the output.
-        tie_word_embeddings: [tie_word_embeddings].
-
-    Raises:
-        InputError: a number out of its range.
-    """
-    rope = RotaryEmbedding(
-        head_dim=qk_rope_head_dim,
-        base=rope_base,
-        scaling=rope_scaling,
-        interleaved=True,
-        max_seq_len=max_seq_len,
-        in_fp32=True,
-    )
-    head_dim = qk_nope_head_dim + qk_rope_head_dim
-
-    def attention(layer: int) -> nn.Module:
-        return MultiHeadLatentAttention(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank,
-            qk_nope_head_dim=qk_nope_head_dim,
-            qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim,
-            rope=rope,
-            scale=score_scale(head_dim, rope),
-            bias=attention_bias,
-        )
-
-    def mlp(layer: int) -> nn.Module:
-        if layer < num_dense_layers:
-            return shared_experts(embed_dim=embed_dim, shared_hidden_dim=intermediate_dim)
-        return moe_layer(
-            embed_dim=embed_dim,
-            expert_hidden_dim=expert_hidden_dim,
-            num_experts=num_experts,
-            experts_per_token=experts_per_token,
-            shared_hidden_dim=shared_hidden_dim,
-            normalize_weights=False,
-            route_scale=route_scale,
-            num_groups=num_groups,
-            groups_per_token=groups_per_token,
-            group_score_topk=1,
-        )
-
-    return moe_decoder(
-        vocab_size=vocab_size,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        max_seq_len=max_seq_len,
-        attention=attention,
-        mlp=mlp,
-        norm_eps=norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-
-
 def deepseek_v2_lite() -> MoEDecoder:
     """DeepSeek-V2-Lite: 15,706,484,224 parameters, 2.66 B active. Source: its config.json."""
-    return deepseek_v2(
+    return latent_moe_decoder(
         vocab_size=102400,
         embed_dim=2048,
         num_layers=27,
@@ -164,12 +51,13 @@ def deepseek_v2_lite() -> MoEDecoder:
         intermediate_dim=10944,
         max_seq_len=163840,
         rope_scaling=_YARN,
+        **_KIND,
     )
 
 
 def deepseek_v2_236b() -> MoEDecoder:
     """DeepSeek-V2: 235,741,434,880 parameters, 21.38 B active. Source: its config.json."""
-    return deepseek_v2(
+    return latent_moe_decoder(
         vocab_size=102400,
         embed_dim=5120,
         num_layers=60,
@@ -189,9 +77,14 @@ def deepseek_v2_236b() -> MoEDecoder:
         groups_per_token=3,
         route_scale=16.0,
         rope_scaling=_YARN,
+        **_KIND,
     )
 
 
+_KIND: Mapping[str, Any] = {
+    "score_function": "softmax", "expert_bias": False, "normalize_weights": False,
+    "group_score_topk": 1, "rope_in_fp32": True,
+}  # fmt: skip
 _YARN = {
     "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
     "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
@@ -199,7 +92,7 @@ _YARN = {
 
 
 def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of this model type -> arguments of ``deepseek_v2``.
+    """config.json of this model type -> arguments of ``latent_moe_decoder``.
 
     Raises:
         InputError: fields this family does not honour, or needed ones that are missing; all of
@@ -234,8 +127,9 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "shared_hidden_dim": expert_dim * read.whole("n_shared_experts"),
         "intermediate_dim": read.whole("intermediate_size"),
         "max_seq_len": read.whole("max_position_embeddings"),
-        "num_dense_layers": read.whole("first_k_dense_replace", default=0, least=0),
+        "dense_layers": range(read.whole("first_k_dense_replace", default=0, least=0)),
         **groups,
+        **_KIND,
         "route_scale": read.number("routed_scaling_factor", default=1.0),
         **read.rope(),
         "norm_eps": read.number("rms_norm_eps", default=1e-6),
@@ -257,4 +151,4 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, deepseek_v2)
+FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, latent_moe_decoder)

@@ -15,15 +15,11 @@ Kimi-K2's config.json says kimi_k2, which transformers does not know: the same m
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from moe_builders import hf_rows
-from moe_builders.attention.mla import MultiHeadLatentAttention, score_scale
-from moe_builders.attention.rope import RotaryEmbedding
 from moe_builders.config_reader import ConfigReader
-from moe_builders.decoder import MoEDecoder, moe_decoder
+from moe_builders.decoder import MoEDecoder
 from moe_builders.family import Family
-from moe_builders.moe import moe_layer, shared_experts
+from moe_builders.latent_decoder import latent_moe_decoder
 from moe_builders.weights import PassThrough
 
 MODEL_TYPE = "deepseek_v3"
@@ -41,125 +37,12 @@ WEIGHT_MAP = (
 )
 
 
-def deepseek_v3(
-    *,
-    vocab_size: int,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    q_lora_rank: int | None,
-    kv_lora_rank: int,
-    qk_nope_head_dim: int,
-    qk_rope_head_dim: int,
-    v_head_dim: int,
-    num_experts: int,
-    experts_per_token: int,
-    expert_hidden_dim: int,
-    shared_hidden_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    num_dense_layers: int = 1,
-    num_groups: int = 1,
-    groups_per_token: int = 1,
-    normalize_weights: bool = True,
-    route_scale: float = 2.5,
-    rope_base: float = 10_000.0,
-    rope_scaling: Mapping[str, Any] | None = None,
-    rope_interleaved: bool = True,
-    norm_eps: float = 1e-6,
-    attention_bias: bool = False,
-    tie_word_embeddings: bool = False,
-) -> MoEDecoder:
-    """A DeepSeek-V3 decoder from plain numbers.
-
-    Args:
-        vocab_size: [vocab_size].
-        embed_dim: [hidden_size].
-        num_layers: [num_hidden_layers].
-        num_heads: [num_attention_heads].
-        q_lora_rank, kv_lora_rank: [q_lora_rank, kv_lora_rank], widths of the latents; None: the
-            queries have none.
-        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: fields of these names.
-        num_experts: [n_routed_experts].
-        experts_per_token: [num_experts_per_tok].
-        expert_hidden_dim: [moe_intermediate_size], of one expert.
-        shared_hidden_dim: [n_shared_experts · moe_intermediate_size], of all shared ones together.
-        intermediate_dim: [intermediate_size], width of the dense layers.
-        max_seq_len: [max_position_embeddings].
-        num_dense_layers: [first_k_dense_replace], the first ones.
-        num_groups, groups_per_token: [n_group, topk_group]; a group counts as its two best experts.
-        normalize_weights: [norm_topk_prob].
-        route_scale: [routed_scaling_factor].
-        rope_base: [rope_theta].
-        rope_scaling: [rope_scaling, rope_parameters], see ``RotaryEmbedding``.
-        rope_interleaved: [rope_interleave].
-        norm_eps: [rms_norm_eps]; the latents' norms have 1e-6.
-        attention_bias: [attention_bias], of the projections down to the latents and of the output.
-        tie_word_embeddings: [tie_word_embeddings].
-
-    Raises:
-        InputError: a number out of its range.
-    """
-    rope = RotaryEmbedding(
-        head_dim=qk_rope_head_dim,
-        base=rope_base,
-        scaling=rope_scaling,
-        interleaved=rope_interleaved,
-        max_seq_len=max_seq_len,
-    )
-    head_dim = qk_nope_head_dim + qk_rope_head_dim
-
-    def attention(layer: int) -> nn.Module:
-        return MultiHeadLatentAttention(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank,
-            qk_nope_head_dim=qk_nope_head_dim,
-            qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim,
-            rope=rope,
-            scale=score_scale(head_dim, rope),
-            bias=attention_bias,
-        )
-
-    def mlp(layer: int) -> nn.Module:
-        if layer < num_dense_layers:
-            return shared_experts(embed_dim=embed_dim, shared_hidden_dim=intermediate_dim)
-        return moe_layer(
-            embed_dim=embed_dim,
-            expert_hidden_dim=expert_hidden_dim,
-            num_experts=num_experts,
-            experts_per_token=experts_per_token,
-            shared_hidden_dim=shared_hidden_dim,
-            score_function="sigmoid",
-            normalize_weights=normalize_weights,
-            route_scale=route_scale,
-            expert_bias=True,
-            num_groups=num_groups,
-            groups_per_token=groups_per_token,
-        )
-
-    return moe_decoder(
-        vocab_size=vocab_size,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        max_seq_len=max_seq_len,
-        attention=attention,
-        mlp=mlp,
-        norm_eps=norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-
-
 def deepseek_v3_671b() -> MoEDecoder:
     """DeepSeek-V3, R1, V3.1: 671,026,404,352 parameters, 37.55 B active. Source: its config.json.
 
     Without the 14 B of the layer that predicts the token after the next.
     """
-    return deepseek_v3(
+    return latent_moe_decoder(
         vocab_size=129280,
         embed_dim=7168,
         num_layers=61,
@@ -172,16 +55,17 @@ def deepseek_v3_671b() -> MoEDecoder:
         shared_hidden_dim=2048,
         intermediate_dim=18432,
         max_seq_len=163840,
-        num_dense_layers=3,
+        dense_layers=range(3),
         num_groups=8,
         groups_per_token=4,
+        route_scale=2.5,
         rope_scaling={**_YARN, "factor": 40, "beta_fast": 32},
     )
 
 
 def moonlight_16b_a3b() -> MoEDecoder:
     """Moonlight-16B-A3B: 15,960,108,544 parameters, 2.91 B active. Source: its config.json."""
-    return deepseek_v3(
+    return latent_moe_decoder(
         vocab_size=163840,
         embed_dim=2048,
         num_layers=27,
@@ -202,7 +86,7 @@ def moonlight_16b_a3b() -> MoEDecoder:
 
 def kimi_k2() -> MoEDecoder:
     """Kimi-K2-Instruct: 1,026,408,209,408 parameters, 32.86 B active. Source: its config.json."""
-    return deepseek_v3(
+    return latent_moe_decoder(
         vocab_size=163840,
         embed_dim=7168,
         num_layers=61,
@@ -231,7 +115,7 @@ _YARN: Mapping[str, Any] = {
 
 
 def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of this model type -> arguments of ``deepseek_v3``.
+    """config.json of this model type -> arguments of ``latent_moe_decoder``.
 
     Raises:
         InputError: fields this family does not honour, or needed ones that are missing; all of
@@ -257,7 +141,7 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "shared_hidden_dim": expert_dim * read.whole("n_shared_experts"),
         "intermediate_dim": read.whole("intermediate_size"),
         "max_seq_len": read.whole("max_position_embeddings"),
-        "num_dense_layers": read.whole("first_k_dense_replace", default=3, least=0),
+        "dense_layers": range(read.whole("first_k_dense_replace", default=3, least=0)),
         "num_groups": read.whole("n_group", default=8),
         "groups_per_token": read.whole("topk_group", default=4),
         "normalize_weights": normalised,
@@ -285,5 +169,5 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, deepseek_v3)
-KIMI_K2 = Family("kimi_k2", WEIGHT_MAP, builder_arguments, deepseek_v3)
+FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, latent_moe_decoder)
+KIMI_K2 = Family("kimi_k2", WEIGHT_MAP, builder_arguments, latent_moe_decoder)

@@ -9,18 +9,14 @@ be dense instead [mlp_layer_types]; multi-head latent attention, rotary layout i
 on disk [num_nextn_predict_layers] and pass through to an export.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from moe_builders import hf_rows
-from moe_builders.attention.mla import MultiHeadLatentAttention, score_scale
-from moe_builders.attention.rope import RotaryEmbedding
 from moe_builders.config_reader import ConfigReader
-from moe_builders.decoder import MoEDecoder, moe_decoder
+from moe_builders.decoder import MoEDecoder
 from moe_builders.family import Family
-from moe_builders.moe import moe_layer, shared_experts
+from moe_builders.latent_decoder import latent_moe_decoder
 
 MODEL_TYPE = "glm4_moe_lite"
 
@@ -36,125 +32,12 @@ WEIGHT_MAP = (
 )
 
 
-def glm4_moe_lite(
-    *,
-    vocab_size: int,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    q_lora_rank: int | None,
-    kv_lora_rank: int,
-    qk_nope_head_dim: int,
-    qk_rope_head_dim: int,
-    v_head_dim: int,
-    num_experts: int,
-    experts_per_token: int,
-    expert_hidden_dim: int,
-    shared_hidden_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    dense_layers: Sequence[int] = (0,),
-    num_groups: int = 1,
-    groups_per_token: int = 1,
-    normalize_weights: bool = True,
-    route_scale: float = 1.8,
-    rope_base: float = 1_000_000.0,
-    rope_scaling: Mapping[str, Any] | None = None,
-    rope_interleaved: bool = True,
-    norm_eps: float = 1e-5,
-    attention_bias: bool = False,
-    tie_word_embeddings: bool = False,
-) -> MoEDecoder:
-    """A GLM-4-MoE-Lite decoder from plain numbers.
-
-    Args:
-        vocab_size: [vocab_size].
-        embed_dim: [hidden_size].
-        num_layers: [num_hidden_layers].
-        num_heads: [num_attention_heads].
-        q_lora_rank, kv_lora_rank: [q_lora_rank, kv_lora_rank], widths of the latents; None: the
-            queries have none.
-        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: fields of these names.
-        num_experts: [n_routed_experts].
-        experts_per_token: [num_experts_per_tok].
-        expert_hidden_dim: [moe_intermediate_size], of one expert.
-        shared_hidden_dim: [n_shared_experts · moe_intermediate_size], of all shared ones together.
-        intermediate_dim: [intermediate_size], width of the dense layers.
-        max_seq_len: [max_position_embeddings].
-        dense_layers: numbers of layers with a dense FFN instead of experts [mlp_layer_types].
-        num_groups, groups_per_token: [n_group, topk_group]; a group counts as its two best experts.
-        normalize_weights: [norm_topk_prob].
-        route_scale: [routed_scaling_factor].
-        rope_base: [rope_theta].
-        rope_scaling: [rope_scaling, rope_parameters], see ``RotaryEmbedding``.
-        rope_interleaved: [rope_interleave].
-        norm_eps: [rms_norm_eps]; the latents' norms have 1e-6.
-        attention_bias: [attention_bias], of the projections down to the latents and of the output.
-        tie_word_embeddings: [tie_word_embeddings].
-
-    Raises:
-        InputError: a number out of its range.
-    """
-    rope = RotaryEmbedding(
-        head_dim=qk_rope_head_dim,
-        base=rope_base,
-        scaling=rope_scaling,
-        interleaved=rope_interleaved,
-        max_seq_len=max_seq_len,
-    )
-    head_dim = qk_nope_head_dim + qk_rope_head_dim
-
-    def attention(layer: int) -> nn.Module:
-        return MultiHeadLatentAttention(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank,
-            qk_nope_head_dim=qk_nope_head_dim,
-            qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim,
-            rope=rope,
-            scale=score_scale(head_dim, rope),
-            bias=attention_bias,
-        )
-
-    def mlp(layer: int) -> nn.Module:
-        if layer in dense_layers:
-            return shared_experts(embed_dim=embed_dim, shared_hidden_dim=intermediate_dim)
-        return moe_layer(
-            embed_dim=embed_dim,
-            expert_hidden_dim=expert_hidden_dim,
-            num_experts=num_experts,
-            experts_per_token=experts_per_token,
-            shared_hidden_dim=shared_hidden_dim,
-            score_function="sigmoid",
-            normalize_weights=normalize_weights,
-            route_scale=route_scale,
-            expert_bias=True,
-            num_groups=num_groups,
-            groups_per_token=groups_per_token,
-        )
-
-    return moe_decoder(
-        vocab_size=vocab_size,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        max_seq_len=max_seq_len,
-        attention=attention,
-        mlp=mlp,
-        norm_eps=norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-
-
 def glm4_7_flash() -> MoEDecoder:
     """GLM-4.7-Flash: 29,943,390,976 parameters, 3.90 B active.
 
     Source: transformers' ``Glm4MoeLiteConfig``; rope_theta: THUDM/slime glm4.7-30B-A3B.
     """
-    return glm4_moe_lite(
+    return latent_moe_decoder(
         vocab_size=154880,
         embed_dim=2048,
         num_layers=47,
@@ -170,11 +53,14 @@ def glm4_7_flash() -> MoEDecoder:
         shared_hidden_dim=1536,
         intermediate_dim=10240,
         max_seq_len=202752,
+        route_scale=1.8,
+        rope_base=1_000_000.0,
+        norm_eps=1e-5,
     )
 
 
 def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of this model type -> arguments of ``glm4_moe_lite``.
+    """config.json of this model type -> arguments of ``latent_moe_decoder``.
 
     Raises:
         InputError: fields this family does not honour, or needed ones that are missing; all of
@@ -237,4 +123,4 @@ def builder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, glm4_moe_lite)
+FAMILY = Family(MODEL_TYPE, WEIGHT_MAP, builder_arguments, latent_moe_decoder)
