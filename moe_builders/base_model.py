@@ -51,11 +51,17 @@ class BaseModel:
     @property
     def notes(self) -> list[str]:
         """Sentences worth telling before training: what of the folder the model leaves alone."""
+        if self.source is None:
+            return []
+        quantised = self.source.is_quantized
+        widened = f"{self.folder} is quantised: it is trained, and exported, as if it were in bf16"
+        return [widened] * quantised + self._carried(quantised)
+
+    def _carried(self, quantised: bool) -> list[str]:
         names = [] if self.source is None else carried_over(self.model, self.source)
         if not names:
             return []
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        quantised = self.source is not None and self.source.is_quantized
         how = "found, or in bf16 if quantised" if quantised else "found"
         what = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
         return [

@@ -12,7 +12,22 @@ _INERT = frozenset({
     "dtype", "eos_token_id", "initializer_range", "model_type", "output_router_logits",
     "pad_token_id", "pretraining_tp", "quantization_config", "router_aux_loss_coef", "torch_dtype",
     "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    # what transformers 4 wrote into every file that was saved whole
+    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "label2id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16",
 })  # fmt: skip
+# honoured at these values alone, which such files hold
+_USUAL = {
+    "add_cross_attention": False, "cross_attention_hidden_size": None, "is_decoder": False,
+    "is_encoder_decoder": False, "pruned_heads": {}, "tie_encoder_decoder": False,
+}  # fmt: skip
 REQUIRED: Any = object()
 
 
@@ -144,7 +159,8 @@ class ConfigReader:
         value = self.whole(*names)
         if value == 1 and normalised and not self._missing and not self._wrong:
             self._refused.append(
-                f"{names[0]}=1 with normalised weights (the router would never learn)"
+                f"{names[0]}=1 with normalised weights (its router would never learn: set it to 2 "
+                "or more, or normalisation to false)"
             )
         return value
 
@@ -248,6 +264,9 @@ class ConfigReader:
         Raises:
             InputError: one sentence with all of it.
         """
+        for name, usual in _USUAL.items():
+            if name not in self._known:
+                self.only(name, usual)
         unread = sorted(set(self.config) - self._known)
         refused = [f"{name}={self.config[name]!r}" for name in unread] + self._refused
         kinds = {

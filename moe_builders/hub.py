@@ -232,7 +232,12 @@ def carried_over(model: nn.Module, source: HFSource) -> list[str]:
 def _checked_plan(model: nn.Module, source: HFSource) -> list[Piece]:
     """The plan for a folder that fits the model, without the copies that it lacks."""
     rows, shapes = source.family.weight_map, model_shapes(model)
-    plan = make_plan(rows, shapes)
+    try:
+        plan = make_plan(rows, shapes)
+    except ValueError as error:  # the source's own model always has a plan
+        raise InputError(
+            f"the model is not one of {source.folder}, a {source.family.model_type}: {error}"
+        ) from error
     check_complete(plan, source.tensors, source.folder, carried_names(rows, shapes, source.tensors))
     plan = [piece for piece in plan if piece.disk in source.tensors]
     dtypes = {source.tensors[piece.disk].dtype for piece in plan} - set(_TORCH_DTYPES)

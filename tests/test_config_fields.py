@@ -258,3 +258,12 @@ def test_rope_mistakes(fields, words):
     read = reader(**fields)
     read.rope()
     assert words in complaint(read)
+
+
+def test_what_older_transformers_wrote_into_every_file():
+    reader(id2label={"0": "A"}, temperature=1.0, pruned_heads={}, is_decoder=False).finish()
+    read = reader(is_decoder=True, pruned_heads={"0": [1]})
+    assert complaint(read) == (
+        "holds what is not supported: is_decoder=True (only False), "
+        "pruned_heads={'0': [1]} (only {})"
+    )

@@ -180,3 +180,10 @@ def test_wrong_rows_would_be_seen(folder, tmp_path, monkeypatch):
     right = load_hf_model(folder)[0](tokens)
     use_rows(monkeypatch, rows)
     assert (load_hf_model(folder)[0](tokens) - right).abs().max() > 1e-2
+
+
+def test_a_model_of_another_kind_is_not_exported(folder, tmp_path):
+    _, source = load_hf_model(folder)
+    other = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"not one of .* a qwen3_moe: no row fills 0\.weight"):
+        save_hf_model(other, tmp_path / "export", source=source)

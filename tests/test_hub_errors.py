@@ -32,7 +32,7 @@ def refusal(call, *args, **kwargs) -> str:
         call(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 1000
+    assert len(message) < 1050
     return message
 
 

@@ -41,7 +41,7 @@ def test_further_layers_go_out_as_they_came(tmp_path, monkeypatch):
     save_hf_model(model, tmp_path / "export", source=source)
     assert_equal_tensors(folder, tmp_path / "export")
     rewrite(folder, {"model.layers.2.eh_proj.weight": torch.randn(3, 4)})
-    with pytest.raises(InputError, match=r"model: 1 surplus: model\.layers\.2\.eh_proj\.weight$"):
+    with pytest.raises(InputError, match=r"model: 1 surplus: model\.layers\.2\.eh_proj\.weight;"):
         load_hf_model(folder)
 
 

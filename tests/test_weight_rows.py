@@ -291,7 +291,8 @@ def test_missing_and_wrong_shapes_are_listed(tmp_path):
     assert str(caught.value) == (
         f"{tmp_path} does not fit the model: 1 missing: h.7.gate_up; 4 mis-shaped: "
         "h.7.route [2] instead of [1, 2], h.7.down [2, 4, 3] instead of [2, 3, 4], "
-        "h.7.in [11, 4] instead of [12, 4], head [4, 4] instead of [5, 4]"
+        "h.7.in [11, 4] instead of [12, 4], head [4, 4] instead of [5, 4]; take weights "
+        "and config from one release"
     )
 
 

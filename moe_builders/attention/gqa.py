@@ -77,6 +77,8 @@ class GroupedQueryAttention(nn.Module):
             raise InputError(
                 f"num_kv_heads is {num_kv_heads}, but must divide num_heads ({num_heads})"
             )
+        if head_dim < 1:
+            raise InputError(f"head_dim is {head_dim}, but must be at least 1")
         for name, limit in (("window", window), ("chunk", chunk)):
             if limit is not None and limit < 1:
                 raise InputError(f"{name} is {limit}, but must be at least 1; leave it out for all")

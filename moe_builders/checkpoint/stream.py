@@ -83,7 +83,10 @@ def check_complete(
     kinds = {"missing": missing, "surplus": surplus, "mis-shaped": misshaped}
     found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if found:
-        raise InputError(f"{where} does not fit the model: {'; '.join(found)}")
+        raise InputError(
+            f"{where} does not fit the model: {'; '.join(found)}; take weights and config "
+            "from one release"
+        )
 
 
 def load_pieces(

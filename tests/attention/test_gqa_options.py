@@ -46,9 +46,8 @@ OPTIONS = {
 def attention_of(**options) -> GroupedQueryAttention:
     torch.manual_seed(0)
     options = {"rope": RotaryEmbedding(head_dim=R, base=100.0)} | options
-    attention = GroupedQueryAttention(
-        embed_dim=D, num_heads=4, num_kv_heads=2, head_dim=R, **options
-    )
+    options = {"head_dim": R} | options
+    attention = GroupedQueryAttention(embed_dim=D, num_heads=4, num_kv_heads=2, **options)
     return randomise(attention).double()
 
 
@@ -189,6 +188,7 @@ def test_dropout_is_for_training_alone():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"head_dim": 0}, "head_dim is 0, but must be at least 1"),
         ({"window": 0}, "window is 0, but must be at least 1"),
         ({"chunk": -1}, "chunk is -1, but must be at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0, but must be at least 0 and below 1"),

@@ -268,7 +268,8 @@ def test_tensors_without_a_place_are_dequantised_too(tmp_path, monkeypatch):
     rewrite(folder, extra)
     model, source = load_hf_model(folder)
     save_hf_model(model, tmp_path / "out", source=source)
-    (note,) = BaseModel(model, str(folder), source, None).notes
+    widened, note = BaseModel(model, str(folder), source, None).notes
+    assert widened == f"{folder} is quantised: it is trained, and exported, as if it were in bf16"
     assert note.endswith("exported as found, or in bf16 if quantised: mtp.0.proj.weight")
     exported = read_tensors((tmp_path / "out").glob("*.safetensors"))
     assert torch.equal(exported["mtp.0.proj.weight"][1], of_transformers(values, scales, (32, 32)))

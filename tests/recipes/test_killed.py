@@ -50,8 +50,11 @@ def _wait_for_a_save(folder, seconds):
     """Until files are being written, and then not longer than a save takes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(folder.glob(".step_*.partial/*")):
-            return True
+        try:
+            if any(folder.glob(".step_*.partial/*")):
+                return True
+        except FileNotFoundError:  # it got its name while it was looked into: the next one then
+            continue
     return False
 
 

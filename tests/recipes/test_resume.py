@@ -66,7 +66,8 @@ def test_two_processes(tmp_path, data):
 @pytest.mark.parametrize("size", [1, 2])
 def test_at_every_step(tmp_path, data, optimizer, kind, size):
     cfg = _config(tmp_path / "run", data, optimizer, kind, max_steps=None, epochs=2,
-                  gradient_accumulation_steps=1 if "backward" in optimizer else 2)  # fmt: skip
+                  gradient_accumulation_steps=1 if "backward" in optimizer else 2,
+                  batch_size=2 // size)  # fmt: skip
     if "stream" in kind:
         cfg.max_steps, cfg.epochs = 12, 1 if "mixed" in kind else 9
     stops = list(range(1, 12))
