@@ -168,7 +168,8 @@ class RotaryEmbedding(nn.Module):
         angles = positions[:, :, None].float() * self._frequencies(positions)  # [b, s, r/2]
         cos = self._spread(angles.cos(), turned.dtype)  # [b, 1, s, r]
         sin = self._spread(angles.sin(), turned.dtype)
-        turned = (turned * cos + self._quarter_turn(turned) * sin).to(x.dtype)
+        quarter = self._quarter_turn(turned)  # first: backward then adds gradients as laid out here
+        turned = (turned * cos + quarter * sin).to(x.dtype)
         if self.dims == self.head_dim:
             return turned
         return torch.cat((turned, x[..., self.dims :]), dim=-1)
