@@ -50,23 +50,24 @@ class BaseModel:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences worth telling before training: what of the folder the model leaves alone."""
+        """Sentences worth telling before training: what of the folder is changed or left alone."""
         if self.source is None:
             return []
-        quantised = self.source.is_quantized
-        widened = f"{self.folder} is quantised: it is trained, and exported, as if it were in bf16"
-        return [widened] * quantised + self._carried(quantised)
-
-    def _carried(self, quantised: bool) -> list[str]:
-        names = [] if self.source is None else carried_over(self.model, self.source)
+        notes, quantised = [], self.source.is_quantized
+        if quantised:
+            notes.append(
+                f"{self.folder} is quantised: it is trained, and exported, as if it were in bf16"
+            )
+        names = carried_over(self.model, self.source)
         if not names:
-            return []
+            return notes
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         how = "found, or in bf16 if quantised" if quantised else "found"
         what = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
         return [
+            *notes,
             f"{what} of {self.folder} without a place in the model will not be trained, and will "
-            f"be exported as {how}: {', '.join(names[:_SHOWN])}{more}"
+            f"be exported as {how}: {', '.join(names[:_SHOWN])}{more}",
         ]
 
     def fill(self, device: torch.device, *, weights: bool = True, show: bool = False) -> MoEDecoder:

@@ -19,6 +19,15 @@ def rename_layer(**names: str) -> tuple[Row, ...]:
     )
 
 
+def feed_forward(ours: str, disk: str) -> tuple[Row, ...]:
+    """Rows of a gated network inside a layer, w1 being the gate, w3 up and w2 down."""
+    return tuple(
+        Rename(f"{_DISK}{disk}.{name}_proj.{kind}", f"{_OURS}{ours}.{w}.{kind}")
+        for w, name in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+        for kind in ("weight", "bias")
+    )
+
+
 def below(prefix: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows where all names on disk begin with a prefix: a text model inside a larger one."""
     return tuple(replace(row, disk=prefix + row.disk) for row in rows)
@@ -73,28 +82,13 @@ EXPERTS: tuple[Row, ...] = (
     ),
     Stack("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "layers.{l}.mlp.experts.down_proj"),
 )
-SHARED_EXPERTS = rename_layer(  # n of them are stored as one network of n times the width
-    mlp__shared_experts__w1__weight="mlp.shared_experts.gate_proj.weight",
-    mlp__shared_experts__w3__weight="mlp.shared_experts.up_proj.weight",
-    mlp__shared_experts__w2__weight="mlp.shared_experts.down_proj.weight",
-    mlp__shared_experts__w1__bias="mlp.shared_experts.gate_proj.bias",
-    mlp__shared_experts__w3__bias="mlp.shared_experts.up_proj.bias",
-    mlp__shared_experts__w2__bias="mlp.shared_experts.down_proj.bias",
+# n shared experts are stored as one network of n times the width
+SHARED_EXPERTS = feed_forward("mlp.shared_experts", "mlp.shared_experts")
+GATED_SHARED_EXPERT = (
+    *feed_forward("mlp.shared_experts", "mlp.shared_expert"),
+    *rename_layer(mlp__shared_gate__weight="mlp.shared_expert_gate.weight"),
 )
-GATED_SHARED_EXPERT = rename_layer(
-    mlp__shared_experts__w1__weight="mlp.shared_expert.gate_proj.weight",
-    mlp__shared_experts__w3__weight="mlp.shared_expert.up_proj.weight",
-    mlp__shared_experts__w2__weight="mlp.shared_expert.down_proj.weight",
-    mlp__shared_gate__weight="mlp.shared_expert_gate.weight",
-)
-DENSE_MLP = rename_layer(
-    mlp__w1__weight="mlp.gate_proj.weight",
-    mlp__w3__weight="mlp.up_proj.weight",
-    mlp__w2__weight="mlp.down_proj.weight",
-    mlp__w1__bias="mlp.gate_proj.bias",
-    mlp__w3__bias="mlp.up_proj.bias",
-    mlp__w2__bias="mlp.down_proj.bias",
-)
+DENSE_MLP = feed_forward("mlp", "mlp")
 # Mixtral's names: w1 is the gate, w3 up, w2 down
 MIXTRAL_EXPERTS: tuple[Row, ...] = (
     *rename_layer(

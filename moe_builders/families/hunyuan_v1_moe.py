@@ -34,10 +34,8 @@ WEIGHT_MAP = (
         attn__q_norm__weight="self_attn.query_layernorm.weight",
         attn__k_norm__weight="self_attn.key_layernorm.weight",
         mlp__router__gate__weight="mlp.gate.wg.weight",
-        mlp__shared_experts__w1__weight="mlp.shared_mlp.gate_proj.weight",
-        mlp__shared_experts__w3__weight="mlp.shared_mlp.up_proj.weight",
-        mlp__shared_experts__w2__weight="mlp.shared_mlp.down_proj.weight",
     ),
+    *hf_rows.feed_forward("mlp.shared_experts", "mlp.shared_mlp"),
     *hf_rows.EXPERTS,
 )
 

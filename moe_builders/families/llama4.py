@@ -35,15 +35,9 @@ WEIGHT_MAP: tuple[Row, ...] = (
     *hf_rows.EMBEDDINGS,
     *hf_rows.PRE_NORMS,
     *hf_rows.ATTENTION,
-    *hf_rows.rename_layer(
-        mlp__w1__weight="feed_forward.gate_proj.weight",
-        mlp__w3__weight="feed_forward.up_proj.weight",
-        mlp__w2__weight="feed_forward.down_proj.weight",
-        mlp__router__gate__weight="feed_forward.router.weight",
-        mlp__shared_experts__w1__weight="feed_forward.shared_expert.gate_proj.weight",
-        mlp__shared_experts__w3__weight="feed_forward.shared_expert.up_proj.weight",
-        mlp__shared_experts__w2__weight="feed_forward.shared_expert.down_proj.weight",
-    ),
+    *hf_rows.feed_forward("mlp", "feed_forward"),
+    *hf_rows.feed_forward("mlp.shared_experts", "feed_forward.shared_expert"),
+    *hf_rows.rename_layer(mlp__router__gate__weight="feed_forward.router.weight"),
     Transpose(_EXPERTS + "gate_up_proj", _OURS + "gate_up_proj"),
     Transpose(_EXPERTS + "down_proj", _OURS + "down_proj"),
 )
