@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from moe_builders.checkpoint.folder import check_output_folder, check_writable
-from moe_builders.checkpoint.own import MARKER_NAME, is_own_folder, load_model, save_model
+from moe_builders.checkpoint.own import (
+    MARKER_NAME,
+    is_own_folder,
+    load_model,
+    save_model,
+    saved_router,
+)
 from moe_builders.checkpoint.stream import materialize
 from moe_builders.decoder import MoEDecoder
 from moe_builders.errors import InputError
@@ -22,6 +28,7 @@ from moe_builders.hub import (
 )
 from moe_builders.initialization import initialize
 from moe_builders.instantiate import instantiate
+from moe_builders.router_control import replace_routers
 from moe_builders.routing import storage_dtype
 
 _SHOWN = 3  # names of tensors in a note
@@ -36,12 +43,14 @@ class BaseModel:
         folder: where its weights lie; None: it has its random ones already.
         source: the folder's layout, if it is a Hugging Face folder.
         component: how it was built, if not from a config.json.
+        router: the component that took the place of its routers, if one did.
     """
 
     model: MoEDecoder
     folder: str | None
     source: HFSource | None
     component: Mapping[str, Any] | None
+    router: Mapping[str, Any] | None = None
 
     @property
     def source_json(self) -> str | None:
@@ -52,7 +61,7 @@ class BaseModel:
     def notes(self) -> list[str]:
         """Sentences worth telling before training: what of the folder is changed or left alone."""
         if self.source is None:
-            return []
+            return _notes_on_router(self.folder, self.router)
         notes, quantised = [], self.source.is_quantized
         if quantised:
             notes.append(
@@ -95,8 +104,10 @@ class BaseModel:
                 own names in a folder beside it, which is named.
         """
         if self.source is None:
-            component = dict(self.component) if self.component is not None else None
-            save_model(self.model, path, component=component, write=write)
+            component, router = (
+                None if node is None else dict(node) for node in (self.component, self.router)
+            )
+            save_model(self.model, path, component=component, router=router, write=write)
             return
         try:
             save_hf_model(self.model, path, source=self.source, write=write)
@@ -114,6 +125,7 @@ def open_base_model(
     device: torch.device,
     seed: int,
     init_std: float | None,
+    router: Mapping[str, Any] | None = None,
 ) -> BaseModel:
     """Build the model that a config asks for; weights come with ``BaseModel.fill``.
 
@@ -124,9 +136,11 @@ def open_base_model(
         device: where a model with random weights is moved.
         seed: of random weights.
         init_std: of random matrices; None: as the modules drew them.
+        router: component, in place of every layer's router; None: the model's own.
 
     Raises:
-        InputError: neither folder nor component, or both where one decides.
+        InputError: neither folder nor component, or both where one decides; a router with tensors
+            that the Hugging Face layout has no place for.
     """
     if folder is not None and not is_own_folder(folder):
         source = read_hf_source(folder)
@@ -136,7 +150,12 @@ def open_base_model(
                 "build: leave model out; or, for a model of your own with random weights, leave "
                 "base_model out and set tokenizer to that folder's"
             )
-        return BaseModel(build_hf_model(source, dtype=dtype), folder, source, None)
+        model = build_hf_model(source, dtype=dtype)
+        if router is not None:
+            before = set(model.state_dict())
+            _store_as(_with_router(model, router), dtype)
+            _check_same_tensors(before, set(model.state_dict()), folder)
+        return BaseModel(model, folder, source, None, router)
     if component is None and folder is not None:
         raise InputError(
             f"base_model {folder} was saved under our own names, which do not say how to build "
@@ -148,11 +167,11 @@ def open_base_model(
         )
     if folder is not None:
         with torch.device("meta"):
-            model = _store_as(instantiate(component, path="model"), dtype)
-        return BaseModel(model, folder, None, component)
-    model = _store_as(instantiate(component, path="model"), dtype)
+            model = _store_as(_with_router(instantiate(component, path="model"), router), dtype)
+        return BaseModel(model, folder, None, component, router)
+    model = _store_as(_with_router(instantiate(component, path="model"), router), dtype)
     initialize(model, seed=seed, std=init_std)
-    return BaseModel(model.to(device), None, None, component)
+    return BaseModel(model.to(device), None, None, component, router)
 
 
 def check_paths(output: str | Path, *, base_model: str | None) -> None:
@@ -221,12 +240,36 @@ def check_fits(
         )
 
 
-def _store_as(model: Any, dtype: torch.dtype) -> MoEDecoder:
+def _with_router(model: Any, router: Mapping[str, Any] | None) -> MoEDecoder:
     if not isinstance(model, MoEDecoder):
         raise InputError(
             f"model._component_ built a {type(model).__name__}, but must build what moe_decoder "
             "builds (a MoEDecoder), which hands the token mask to its routers"
         )
+    if router is not None:
+        replace_routers(model, router)
+    return model
+
+
+def _notes_on_router(folder: str | None, router: Mapping[str, Any] | None) -> list[str]:
+    """Routers with the same tensors load into each other: that it is another one must be said."""
+    if folder is None or saved_router(folder) == router:
+        return []
+    return [f"{folder} was saved with router {saved_router(folder)}; this run has {router}"]
+
+
+def _check_same_tensors(before: set[str], after: set[str], folder: str) -> None:
+    more, less = sorted(after - before), sorted(before - after)
+    if more or less:
+        holds = f"has {more[0]}, which" if more else f"lacks {less[0]}, which"
+        has = "has no place for" if more else "needs"
+        raise InputError(
+            f"with this router the model {holds} the layout of {folder} {has}: choose a router "
+            "with the same tensors, or build a model of your own (model) with random weights"
+        )
+
+
+def _store_as(model: MoEDecoder, dtype: torch.dtype) -> MoEDecoder:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(storage_dtype(name, dtype))
     return model

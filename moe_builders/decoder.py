@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -96,7 +97,8 @@ class MoEDecoder(TransformerDecoder):
             tokens: [b, s] int.
             mask: [b, s, s] bool, True = may attend; None: causal.
             input_pos: [b, s] int, positions within each document; None: 0 … s-1.
-            info: what routers may know of the t tokens; None: all real, one document a row.
+            info: what routers may know of the t tokens; None: all real, one document a row. Its
+                input_ids, where missing, are ``tokens``.
 
         Returns:
             [b, s, v] in fp32 (fp64 for fp64 models); after ``set_num_output_chunks`` chunks of it
@@ -107,6 +109,8 @@ class MoEDecoder(TransformerDecoder):
         if info is None:
             rows = torch.arange(b, device=tokens.device).repeat_interleave(s)  # [t]
             info = TokenInfo(sequence_ids=rows, input_ids=tokens.flatten())
+        elif info.input_ids is None:  # known here, whoever made info
+            info = replace(info, input_ids=tokens.flatten())
         h = self.tok_embeddings(tokens)  # [b, s, d]
         if self.embedding_scale != 1.0:
             h = h * self.embedding_scale

@@ -6,10 +6,12 @@ Letters: a rows (assignments sorted by expert) · e num_experts · d dim · h hi
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
 from moe_builders.ops.activations import Activation, find_activation
+from moe_builders.ops.gathered_mm import live_rows
 from moe_builders.ops.grouped_mm import BACKENDS, grouped_mm
 from moe_builders.routing import expert_of_rows
 
@@ -22,7 +24,10 @@ class GroupedExperts(nn.Module):
     ungated activation) and ``down_proj`` [e, d, h].
 
     An expert without a row gets a zero gradient (not None), so weight decay and momentum treat
-    all experts alike.
+    all experts alike. Its weights are not read: without gradients nothing of it is, so that it
+    costs nothing and may hold anything (with gradients, its biases meet zeros in a product).
+
+    Weights stored wider than the rows are cast to the rows' dtype.
 
     Args:
         dim: d.
@@ -30,10 +35,15 @@ class GroupedExperts(nn.Module):
         num_experts: e.
         activation: a name from ``ops.activations`` or an ``Activation``.
         bias: add ``*_bias`` parameters, [e, 2h] and [e, d].
-        backend: of ``ops.grouped_mm``: "auto", "grouped" or "loop".
+        backend: of ``ops.grouped_mm``: "auto", "grouped", "loop" or "gather".
+        hidden_scale: add a parameter of that name, [e, h] of ones, which multiplies the activated
+            rows (ST-MoE's multiplicative bias, Zoph et al. 2022 (2202.08906)).
+        dropout: the share of the answers' elements that are set to zero in training; the rest
+            grows by 1 / (1 - dropout).
 
     Raises:
-        InputError: a number below 1, or an unknown activation or back end.
+        InputError: a number below 1, an unknown activation or back end, or a dropout outside
+            [0, 1).
     """
 
     def __init__(
@@ -45,6 +55,8 @@ class GroupedExperts(nn.Module):
         activation: str | Activation = "swiglu",
         bias: bool = False,
         backend: str = "auto",
+        hidden_scale: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if min(dim, hidden_dim, num_experts) < 1:
@@ -54,9 +66,11 @@ class GroupedExperts(nn.Module):
             )
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout is {dropout}, but must be at least 0 and below 1")
         self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
         self.activation = find_activation(activation)
-        self.backend = backend
+        self.backend, self.dropout = backend, dropout
         up_name, up_width = (
             ("gate_up", 2 * hidden_dim) if self.activation.gated else ("up", hidden_dim)
         )
@@ -68,14 +82,18 @@ class GroupedExperts(nn.Module):
         up_bias = nn.Parameter(torch.empty(num_experts, up_width)) if bias else None
         self.register_parameter(f"{up_name}_bias", up_bias)
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        scale_shape = (num_experts, hidden_dim)
+        self.hidden_scale = nn.Parameter(torch.empty(scale_shape)) if hidden_scale else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within ±1/√fan_in, as ``nn.Linear``; biases zero."""
+        """Uniform within ±1/√fan_in, as ``nn.Linear``; biases zero, ``hidden_scale`` one."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("bias"):
                     parameter.zero_()
+                elif name == "hidden_scale":
+                    parameter.fill_(1)
                 else:
                     bound = 1 / math.sqrt(parameter.shape[-1])
                     parameter.uniform_(-bound, bound)
@@ -94,27 +112,34 @@ class GroupedExperts(nn.Module):
         Returns:
             [a, d], zero in dead rows.
         """
-        up_weight = getattr(self, f"{self._up_name}_proj")
+        up_weight = getattr(self, f"{self._up_name}_proj").to(x.dtype)
+        down_weight = self.down_proj.to(x.dtype)
         up_bias = getattr(self, f"{self._up_name}_bias")
         z = grouped_mm(x, up_weight, num_tokens_per_expert, backend=self.backend)  # [a, 2h]
         if up_bias is not None:
-            z = z + self._bias_rows(up_bias, num_tokens_per_expert, z.shape[0])
+            z = z + self._own_rows(up_bias.to(z.dtype), num_tokens_per_expert, z.shape[0])
         hidden = self.activation.function(z)  # [a, h]
+        if self.hidden_scale is not None:
+            scale = self.hidden_scale.to(hidden.dtype)
+            hidden = hidden * self._own_rows(scale, num_tokens_per_expert, hidden.shape[0])
         if row_weights is not None:
             hidden = hidden * row_weights[:, None].to(hidden.dtype)
-        y = grouped_mm(hidden, self.down_proj, num_tokens_per_expert, backend=self.backend)
-        if self.down_bias is None:
-            return y
-        bias = self._bias_rows(self.down_bias, num_tokens_per_expert, y.shape[0])
-        return y + (bias if row_weights is None else bias * row_weights[:, None].to(bias.dtype))
+        y = grouped_mm(hidden, down_weight, num_tokens_per_expert, backend=self.backend)  # [a, d]
+        if self.down_bias is not None:
+            bias = self._own_rows(self.down_bias.to(y.dtype), num_tokens_per_expert, y.shape[0])
+            y = y + (bias if row_weights is None else bias * row_weights[:, None].to(bias.dtype))
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
-    def _bias_rows(self, bias: Tensor, num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
-        """[e, o] -> [a, o]: each row's bias, zero for dead rows.
+    def _own_rows(self, values: Tensor, num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
+        """[e, o] -> [a, o]: each row's expert's, zero for dead rows.
 
-        A product with a 0/1 matrix, so that the gradient is a product too: summed in a fixed
-        order, without atomics.
+        With gradients a product with a 0/1 matrix, so that the gradient is a product too: summed
+        in a fixed order, without atomics. Without, the rows themselves.
         """
+        if not torch.is_grad_enabled():
+            live, expert = live_rows(num_tokens_per_expert, num_rows)
+            return torch.where(live[:, None], values.index_select(0, expert), 0)
         expert = expert_of_rows(num_tokens_per_expert, num_rows)  # [a]
         numbers = torch.arange(self.num_experts, device=expert.device)
-        member = (expert[:, None] == numbers).to(bias.dtype)  # [a, e]
-        return member @ bias
+        member = (expert[:, None] == numbers).to(values.dtype)  # [a, e]
+        return member @ values

@@ -187,14 +187,19 @@ def _per_pair(attention: Any) -> float:
 def _expert_shares(model: nn.Module) -> dict[str, float]:
     """Of each MoE's experts (by module name): the share that one token uses, k / e."""
     return {
-        f"{name}.experts" if name else "experts": _used(module.router) / module.router.num_experts
+        f"{name}.experts" if name else "experts": experts_per_token(module.router)
+        / module.router.num_experts
         for name, module in model.named_modules()
         if isinstance(module, MoE)
     }
 
 
-def _used(router: Any) -> float:
-    """Experts per token: k, or the mean where experts pick tokens."""
+def experts_per_token(router: Any) -> float:
+    """k of a router, or the mean where experts pick tokens.
+
+    Raises:
+        InputError: it does not tell.
+    """
     for key in ("experts_per_token", "capacity_factor"):
         if hasattr(router, key):
             return getattr(router, key)
@@ -210,7 +215,7 @@ def _matrices(name: str, module: nn.Module) -> Iterator[int]:
         return  # a look-up
     if isinstance(module, nn.Linear | GroupedExperts):
         yield from (p.numel() for key, p in module._parameters.items()
-                    if p is not None and not key.endswith("bias"))  # fmt: skip
+                    if p is not None and not key.endswith(("bias", "hidden_scale")))  # fmt: skip
         return
     unknown = [key for key, p in module._parameters.items() if p is not None and p.ndim > 1]
     if unknown:

@@ -9,7 +9,7 @@ from moe_builders.attention.mla import MultiHeadLatentAttention, score_scale
 from moe_builders.attention.rope import RotaryEmbedding
 from moe_builders.decoder import MoEDecoder, moe_decoder
 from moe_builders.moe import moe_layer, shared_experts
-from moe_builders.routers.token_choice import ScoreFunction
+from moe_builders.routers.scores import ScoreFunction
 
 
 def latent_moe_decoder(

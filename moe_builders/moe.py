@@ -5,14 +5,17 @@ Letters: b batch · s sequence · t = b·s tokens · d dim · a assignments · e
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
-from torchtune.modules import FeedForward
 
 from moe_builders.errors import InputError
-from moe_builders.experts import GroupedExperts
+from moe_builders.expert_builders import latent_projection, moe_experts, shared_experts
 from moe_builders.ops.activations import Activation
 from moe_builders.ops.permute import combine_rows, gather_rows
-from moe_builders.routers.token_choice import ScoreFunction, TokenChoiceTopKRouter
+from moe_builders.routers.capacity import Capacity
+from moe_builders.routers.gate import JitterKind
+from moe_builders.routers.scores import ScoreFunction, WeightsFrom
+from moe_builders.routers.token_choice import TokenChoiceTopKRouter
 from moe_builders.routing import Router, Routing, TokenInfo
 
 ScorePosition = Literal["before", "mid", "after"]
@@ -29,10 +32,13 @@ class MoE(nn.Module):
         score_position: where the weight multiplies: "after" the experts (nearly all models),
             "mid" (between activation and down projection; same answer, one rounding apart) or
             "before" (their input, as in Llama 4: a different model).
+        capacity: how many tokens an expert takes at most; None: all that come (dropless).
+        latent_down, latent_up: modules [t, d] -> [t, n] and back, so that the routed experts work
+            in n dims; router and shared experts see d (Nemotron 3).
 
     Raises:
-        InputError: unknown score_position, a shared_gate without shared_experts, or a router for
-            another number of experts.
+        InputError: unknown score_position, a shared_gate without shared_experts, one half of a
+            latent space, or a router for another number of experts.
     """
 
     def __init__(
@@ -43,6 +49,9 @@ class MoE(nn.Module):
         shared_experts: nn.Module | None = None,
         shared_gate: nn.Module | None = None,
         score_position: ScorePosition = "after",
+        capacity: Capacity | None = None,
+        latent_down: nn.Module | None = None,
+        latent_up: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if score_position not in get_args(ScorePosition):
@@ -52,6 +61,8 @@ class MoE(nn.Module):
             )
         if shared_gate is not None and shared_experts is None:
             raise InputError("shared_gate is given, but there are no shared_experts to gate")
+        if (latent_down is None) != (latent_up is None):
+            raise InputError("latent_down and latent_up go together: give both or none")
         served, there = getattr(router, "num_experts", None), getattr(experts, "num_experts", None)
         if served is None:
             raise InputError(f"the router {type(router).__name__} lacks an attribute num_experts")
@@ -64,6 +75,8 @@ class MoE(nn.Module):
         self.shared_experts = shared_experts
         self.shared_gate = shared_gate
         self.score_position = score_position
+        self.capacity = capacity
+        self.latent_down, self.latent_up = latent_down, latent_up
         self.last_routing: Routing | None = None  # overwritten by every forward, never summed
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> Tensor:
@@ -78,6 +91,8 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])  # [t, d]
         routing = self.router(tokens, info if info is not None else TokenInfo())
+        if self.capacity is not None:
+            routing = self.capacity.limit(routing, training=self.training)
         self.last_routing = routing
         out = self._routed(tokens, routing)  # [t, d]
         if self.shared_experts is not None:
@@ -88,8 +103,15 @@ class MoE(nn.Module):
         return out.view_as(x)
 
     def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
+        mask = routing.info.mask
+        if self.latent_down is not None:
+            if mask is not None:  # a masked token may hold NaN, which a product would spread
+                tokens = torch.where(mask[:, None], tokens, 0)
+            tokens = self.latent_down(tokens)
         rows = gather_rows(tokens, routing.token_index, routing.slot_of)  # [a, d]
         counts, weights = routing.num_tokens_per_expert, routing.weights
+        if routing.input_weights is not None:
+            rows = rows * routing.input_weights[:, None].to(rows.dtype)
         row_weights = output_weights = None
         if self.score_position == "before":
             rows = rows * weights[:, None].to(rows.dtype)
@@ -98,9 +120,13 @@ class MoE(nn.Module):
         else:
             output_weights = weights
         answers = self.experts(rows, counts, row_weights)  # [a, d]
-        return combine_rows(
+        out = combine_rows(
             answers, output_weights, routing.token_index, routing.slot_of, tokens.shape[0]
         )
+        if self.latent_up is None:
+            return out
+        out = self.latent_up(out)
+        return out if mask is None else torch.where(mask[:, None], out, 0)  # a bias has no mask
 
 
 def collect_routing(model: nn.Module) -> dict[str, Routing]:
@@ -124,33 +150,6 @@ def moe_layer_names(model: nn.Module) -> list[str]:
     return [name.removesuffix(".mlp") for name in names]
 
 
-def moe_experts(
-    *,
-    embed_dim: int,
-    expert_hidden_dim: int,
-    num_experts: int,
-    activation: str | Activation = "swiglu",
-    bias: bool = False,
-) -> GroupedExperts:
-    """Routed experts from plain numbers; see ``GroupedExperts``."""
-    return GroupedExperts(
-        dim=embed_dim,
-        hidden_dim=expert_hidden_dim,
-        num_experts=num_experts,
-        activation=activation,
-        bias=bias,
-    )
-
-
-def shared_experts(*, embed_dim: int, shared_hidden_dim: int, bias: bool = False) -> FeedForward:
-    """Always-on experts as one SwiGLU network; n experts of width h are one of width n·h."""
-    return FeedForward(
-        gate_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=bias),
-        up_proj=nn.Linear(embed_dim, shared_hidden_dim, bias=bias),
-        down_proj=nn.Linear(shared_hidden_dim, embed_dim, bias=bias),
-    )
-
-
 def moe_layer(
     *,
     embed_dim: int,
@@ -160,8 +159,13 @@ def moe_layer(
     shared_hidden_dim: int | None = None,
     shared_gate: bool = False,
     shared_bias: bool = False,
+    shared_activation: str | Activation = "swiglu",
     activation: str | Activation = "swiglu",
     expert_proj_bias: bool = False,
+    expert_dropout: float = 0.0,
+    hidden_scale: bool = False,
+    latent_dim: int | None = None,
+    latent_bias: bool = False,
     score_function: ScoreFunction = "softmax",
     normalize_weights: bool = True,
     normalize_eps: float = 1e-20,
@@ -171,8 +175,13 @@ def moe_layer(
     gate_bias: bool = False,
     num_groups: int = 1,
     groups_per_token: int = 1,
-    group_score_topk: int = 2,
+    group_score_topk: int | Literal["auto"] = 2,
+    weights_from: WeightsFrom = "scores",
+    gate_precision: str | None = None,
+    jitter: JitterKind | None = None,
+    jitter_scale: float = 0.0,
     score_position: ScorePosition = "after",
+    capacity: Capacity | None = None,
     router: Router | None = None,
 ) -> MoE:
     """A MoE layer from plain numbers.
@@ -185,12 +194,17 @@ def moe_layer(
         shared_hidden_dim: width of the shared experts together; None: none.
         shared_gate: gate the shared experts with a sigmoid (Qwen2-MoE).
         shared_bias: the shared experts' projections have biases (ERNIE 4.5).
+        shared_activation: of the shared experts.
         activation: of the routed experts.
         expert_proj_bias: the routed experts' projections have biases.
+        expert_dropout, hidden_scale: ``dropout`` and ``hidden_scale`` of ``GroupedExperts``.
+        latent_dim: the routed experts work in this many dims, between two projections; router and
+            shared experts see d. None: they work in d.
+        latent_bias: these two projections have biases.
         score_function, normalize_weights, normalize_eps, normalize_min, route_scale, expert_bias,
-            gate_bias, num_groups, groups_per_token, group_score_topk: of
-            ``TokenChoiceTopKRouter``.
-        score_position: of ``MoE``.
+            gate_bias, num_groups, groups_per_token, group_score_topk, weights_from,
+            gate_precision, jitter, jitter_scale: of ``TokenChoiceTopKRouter``.
+        score_position, capacity: of ``MoE``.
         router: a router of one's own instead of the token-choice one; the arguments that would
             have described that one are then unused.
     """
@@ -209,6 +223,10 @@ def moe_layer(
             num_groups=num_groups,
             groups_per_token=groups_per_token,
             group_score_topk=group_score_topk,
+            weights_from=weights_from,
+            gate_precision=gate_precision,
+            jitter=jitter,
+            jitter_scale=jitter_scale,
         )
     elif router.num_experts != num_experts:
         raise InputError(
@@ -217,18 +235,34 @@ def moe_layer(
     shared = None
     if shared_hidden_dim is not None:
         shared = shared_experts(
-            embed_dim=embed_dim, shared_hidden_dim=shared_hidden_dim, bias=shared_bias
+            embed_dim=embed_dim,
+            shared_hidden_dim=shared_hidden_dim,
+            bias=shared_bias,
+            activation=shared_activation,
         )
+    latent_down = latent_up = None
+    if latent_dim is not None:
+        if latent_dim < 1:
+            raise InputError(f"latent_dim is {latent_dim}, but must be at least 1, or null")
+        latent_down = latent_projection(embed_dim, latent_dim, bias=latent_bias)
+        latent_up = latent_projection(latent_dim, embed_dim, bias=latent_bias)
+    elif latent_bias:
+        raise InputError("latent_bias is true, but there is no latent_dim: give one, or leave both")
     return MoE(
         router=router,
         experts=moe_experts(
-            embed_dim=embed_dim,
+            embed_dim=embed_dim if latent_dim is None else latent_dim,
             expert_hidden_dim=expert_hidden_dim,
             num_experts=num_experts,
             activation=activation,
             bias=expert_proj_bias,
+            hidden_scale=hidden_scale,
+            dropout=expert_dropout,
         ),
         shared_experts=shared,
         shared_gate=nn.Linear(embed_dim, 1, bias=False) if shared_gate else None,
         score_position=score_position,
+        capacity=capacity,
+        latent_down=latent_down,
+        latent_up=latent_up,
     )

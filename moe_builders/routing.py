@@ -6,7 +6,7 @@ at the end).
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,12 @@ class Routing:
         probs: [t, e] the score distribution over the experts; each row sums to 1 (a sigmoid
             router's scores are normalised here, see ``TokenChoiceTopKRouter``).
         info: what was known of the tokens.
+        selected: [t, k] int, the experts each token asked for, best first, before anything was
+            dropped: what balance is measured on. None where experts pick: the list says it.
+        kept: [t, k] bool, False where a policy or a full expert dropped the choice. None: none.
+        input_weights: [a] multiplies an assignment's row before its expert sees it (a
+            straight-through estimator's 1, which carries a gradient). None: 1.
+        own_loss: [t] a loss that the router itself asks for, a value per token. None: none.
     """
 
     token_index: Tensor
@@ -72,6 +78,10 @@ class Routing:
     logits: Tensor
     probs: Tensor
     info: TokenInfo
+    selected: Tensor | None = None
+    kept: Tensor | None = None
+    input_weights: Tensor | None = None
+    own_loss: Tensor | None = None
 
 
 # FSDP hooks and activation checkpointing look through registered values for tensors.
@@ -80,7 +90,16 @@ register_dataclass(Routing)
 
 
 class Router(Protocol):
-    """Anything that turns token vectors into a Routing; an nn.Module if it has parameters."""
+    """Anything that turns token vectors into a Routing; an nn.Module if it has parameters.
+
+    A router may also have
+
+    * ``experts_per_token``: k, or the mean where it varies (what FLOPs are counted with);
+    * ``causal``: bool, whether in its present mode (training or not) a token's routing depends on
+      itself and on earlier tokens only;
+    * ``balances_itself``: True where a balancing loss would fight the router's own balancing;
+    * ``tally`` and ``learn``, see ``LearningRouter``.
+    """
 
     num_experts: int
 
@@ -89,31 +108,83 @@ class Router(Protocol):
         ...
 
 
+@runtime_checkable
+class LearningRouter(Protocol):
+    """A router with buffers that learn from whole steps, outside of gradients.
+
+    Training adds up the tallies of a step's micro-batches over all processes and hands the sum to
+    ``learn`` after the optimizer's step. Evaluation, generation and recomputation never do.
+
+    Attributes:
+        tally_size: n; 0 where nothing is to be learned.
+    """
+
+    tally_size: int
+
+    def tally(self, routing: Routing) -> Tensor:
+        """[n] fp64, what is to be added up."""
+        ...
+
+    def learn(self, tally: Tensor) -> None:
+        """Move the buffers once; ``tally`` [n] is the whole step's."""
+        ...
+
+
 def route_by_choice(
-    *, expert: Tensor, weights: Tensor, logits: Tensor, probs: Tensor, info: TokenInfo
+    *,
+    expert: Tensor,
+    weights: Tensor,
+    logits: Tensor,
+    probs: Tensor,
+    info: TokenInfo,
+    kept: Tensor | None = None,
+    straight_through: bool = False,
+    own_loss: Tensor | None = None,
 ) -> Routing:
     """Build the Routing of a token-choice decision; masked tokens go nowhere.
 
     Args:
-        expert: [t, k] int, distinct experts of each token.
+        expert: [t, k] int, distinct experts of each token, best first.
         weights: [t, k] combine weights.
         logits: [t, e].
         probs: [t, e].
         info: the tokens' mask decides which assignments live.
+        kept: [t, k] bool, False where a choice is dropped; None: all are kept.
+        straight_through: the weights' gradient also as if they multiplied the experts' input.
+        own_loss: [t], see ``Routing``.
     """
     live = None if info.mask is None else info.mask[:, None].expand_as(expert)  # [t, k]
+    if kept is not None:
+        live = kept if live is None else live & kept
     if live is not None:
         weights = torch.where(live, weights, 0)
     assigned = sort_by_expert(expert, logits.shape[1], live)
+    weights = weights.flatten().index_select(0, assigned.order)  # [a]
     return Routing(
         token_index=assigned.token_index,
-        weights=weights.flatten().index_select(0, assigned.order),  # [a]
+        weights=weights,
         num_tokens_per_expert=assigned.num_tokens_per_expert,
         slot_of=assigned.slot_of,
         logits=logits,
         probs=probs,
         info=info,
+        selected=expert,
+        kept=kept,
+        input_weights=1 + (weights - weights.detach()) if straight_through else None,
+        own_loss=own_loss,
     )
+
+
+def dense_weights(routing: Routing) -> Tensor:
+    """[t, e] the combine weight of every pair, 0 where there is none; carries the gradient.
+
+    For looking at and for comparing: order inside a token's choices does not matter here.
+    """
+    t, e = routing.logits.shape
+    expert = expert_of_rows(routing.num_tokens_per_expert, routing.token_index.shape[0])  # [a]
+    place = routing.token_index * (e + 1) + expert  # column e: dead rows
+    flat = routing.weights.new_zeros(t * (e + 1)).index_add(0, place, routing.weights)
+    return flat.view(t, e + 1)[:, :e]
 
 
 def expert_of_rows(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:

@@ -37,13 +37,20 @@ from moe_builders.parallel.grad_norm import GradNorm, clip_gradients
 from moe_builders.parallel.launch import launch
 from moe_builders.parallel.sharding import needs_sharding, shard_model
 from moe_builders.parallel.world import World, open_world
+from moe_builders.router_control import control_routers, tally_routers, teach_routers
 from moe_builders.routing import Routing
 from moe_builders.training.compiling import compile_layers
 from moe_builders.training.config import DTYPES, RecipeConfig, parse_command_line
 from moe_builders.training.finite_watch import FiniteWatch, Watched, watch_output
 from moe_builders.training.loggers import build_loggers
 from moe_builders.training.low_bit import describe_unquantized
-from moe_builders.training.objective import layer_counts, narrow_to, router_losses
+from moe_builders.training.objective import (
+    check_balancing,
+    layer_counts,
+    layer_loads,
+    narrow_to,
+    router_losses,
+)
 from moe_builders.training.offloading import activation_offloading, require_gpu
 from moe_builders.training.optimizer import (
     build_optimizer,
@@ -78,8 +85,11 @@ def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> 
         device=world.device,
         seed=config.seed,
         init_std=config.init_std,
+        router=config.router,
     )
     check_fits(base.model, max_seq_len=config.max_seq_len)
+    control_routers(base.model, asdict(config.routing), asdict(config.expert_bias))
+    check_balancing(base.model, load_balancing_coef=config.router_losses.load_balancing_coef)
     freeze(base.model, config.freeze, freeze_router=config.freeze_router)
     base.model.activation_checkpointing = config.enable_activation_checkpointing
     base.model.kept_activations = activation_offloading(config.enable_activation_offloading)
@@ -180,27 +190,35 @@ def train_step(
     num_tokens = num_labels if losses.mask == "labels" else totals["tokens"]
     step = [batch.to(world.device) for batch in step]
     seen = step_counts(model, step, config, world) if losses.global_exact else None
-    sums = torch.zeros(3, device=world.device, dtype=torch.float64)  # lm, balance, z
-    load = torch.zeros((), dtype=torch.int64, device=world.device)
+    sums = torch.zeros(4, device=world.device, dtype=torch.float64)  # lm, balance, z, own
+    load, tally = sums.new_zeros(()), sums.new_zeros(())
     for batch in step:
         lm_sum = forward(model, batch)
         routings = loss_routings(model, batch, config)
-        load = load + layer_counts(routings)  # [l, e]
+        load = load + layer_loads(routings)  # [3, l, e]: assigned, kept, scores
+        tally = tally + tally_routers(model)
         scope_counts = None
         if losses.load_balancing_scope == "global":
-            scope_counts = seen if losses.global_exact else world.sum(load.clone())
-        balance, z = router_losses(
+            scope_counts = seen if losses.global_exact else world.sum(load[0].clone())
+        router = router_losses(
             routings,
+            form=losses.load_balancing_form,
+            on=losses.load_balancing_on,
             scope=losses.load_balancing_scope,
             num_tokens=num_tokens,
             counts=scope_counts,
         )
-        loss = lm_sum / num_labels + losses.load_balancing_coef * balance + losses.z_coef * z
+        loss = (
+            lm_sum / num_labels + losses.load_balancing_coef * router["balance"]
+            + losses.z_coef * router["z"] + losses.own_coef * router["own"]
+        )  # fmt: skip
         watch_output(model, loss)
         (loss * world.size).backward()  # FSDP averages over processes; the mean is already whole
-        sums += torch.stack([lm_sum.detach() / num_labels, balance.detach(), z.detach()])
-    sums, load = world.sum(sums), world.sum(load)
-    return {"loss": sums[0], "balance": sums[1], "z": sums[2], "load": load} | totals
+        parts = lm_sum / num_labels, router["balance"], router["z"], router["own"]
+        sums += torch.stack(parts).detach()
+    sums, load, tally = world.sum(sums), world.sum(load), world.sum(tally)
+    shown = {"loss": sums[0], "balance": sums[1], "z": sums[2], "own": sums[3]}
+    return {**shown, "load": load, "tally": tally, **totals}
 
 
 def update(stepper: Stepper, scheduler: LRScheduler | None, config: RecipeConfig) -> Tensor:
@@ -216,15 +234,15 @@ def update(stepper: Stepper, scheduler: LRScheduler | None, config: RecipeConfig
 
 @torch.no_grad()
 def validate(model: nn.Module, loader: StepLoader, world: World) -> tuple[dict[str, float], Tensor]:
-    """Mean cross-entropy [nats per labelled token] and expert load [l, e] on the validation set."""
+    """Mean cross-entropy [nats per labelled token] and loads [3, l, e] on the validation set."""
     model.eval()
     total = torch.zeros(2, device=world.device, dtype=torch.float64)  # nats, labelled tokens
-    load = torch.zeros((), dtype=torch.int64, device=world.device)
+    load = total.new_zeros(())
     for batch in loader:
         batch = batch.to(world.device)
         total[0] += forward(model, batch)
         total[1] += (batch.labels != IGNORE_INDEX).sum()
-        load = load + layer_counts(collect_routing(model))  # [l, e]
+        load = load + layer_loads(collect_routing(model))  # [3, l, e]
     model.train()
     nats, tokens = world.sum(total).tolist()
     return {"val_loss": nats / max(tokens, 1)}, world.sum(load)
@@ -308,6 +326,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
             values |= learning_rates(optimizer)
             watched = watch.take(model.named_parameters())
             values["grad_norm"] = update(stepper, scheduler, config)
+            teach_routers(model, values.pop("tally"))  # biases and thresholds: once a step
             report(reporter, number, values, watched, time.perf_counter() - started, used, world)
             profiler.step()  # may write for seconds: no part of a step's time
             # a process that is alone need not wait until all have heard of it
@@ -359,8 +378,9 @@ def open_reporter(
             logger.log_config(settings)
     return Reporter(
         loggers, total=total, every=config.log_every_n_steps, show=world.is_first,
-        layers=layers, log_layers=config.log_layers, metrics=metrics,
-        pictures=plots if world.is_first else None, gather=world.gather_objects, **kept.shown,
+        layers=layers, log_layers=config.log_layers, log_experts=config.log_experts,
+        metrics=metrics, pictures=plots if world.is_first else None,
+        gather=world.gather_objects, **kept.shown,
     )  # fmt: skip
 
 

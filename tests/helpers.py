@@ -71,6 +71,7 @@ def reference_choice(router: TokenChoiceTopKRouter, x: Tensor) -> list[list[tupl
         scores = {
             "softmax": [logit.exp() / total for logit in logits],
             "sigmoid": [1 / (1 + (-logit).exp()) for logit in logits],
+            "sqrtsoftplus": [(1 + logit.exp()).log().sqrt() for logit in logits],
             "topk_softmax": logits,
             "topk_sigmoid": logits,
         }[router.score_function]
@@ -88,7 +89,8 @@ def reference_choice(router: TokenChoiceTopKRouter, x: Tensor) -> list[list[tupl
             )
             allowed = [j for group in groups[: router.groups_per_token] for j in group]
         best = sorted(allowed, key=lambda j: wish[j], reverse=True)[: router.experts_per_token]
-        weights = [scores[j] for j in best]
+        counted = [0.0] * router.num_experts if router.weights_from == "scores" else bias
+        weights = [scores[j] + float(counted[j]) for j in best]
         if router.score_function == "topk_softmax":
             weights = [w.exp() for w in weights]
         if router.score_function == "topk_sigmoid":
@@ -115,6 +117,12 @@ def plain_activation(name: str, z: Tensor) -> Tensor:
             gate = torch.minimum(z[:half], torch.tensor(7.0).to(z))
             up = z[half:].where(z[half:].abs() < 7, 7 * z[half:].sign())
             return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+        case "limited_swiglu":  # of limit 0.75
+            gate = torch.minimum(z[:half], torch.tensor(0.75).to(z))
+            up = z[half:].where(z[half:].abs() < 0.75, 0.75 * z[half:].sign())
+            return gate / (1 + torch.exp(-gate)) * up
+        case "gelu":
+            return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
         case "relu2":
             return torch.where(z > 0, z * z, 0 * z)
         case "gelu_tanh":
@@ -130,7 +138,10 @@ def one_expert(experts: GroupedExperts, number: int, x: Tensor) -> Tensor:
     up, up_bias = getattr(experts, f"{prefix}_proj"), getattr(experts, f"{prefix}_bias")
     z = up[number] @ x
     z = z if up_bias is None else z + up_bias[number]
-    y = experts.down_proj[number] @ plain_activation(experts.activation.name, z)
+    hidden = plain_activation(experts.activation.name, z)
+    if experts.hidden_scale is not None:
+        hidden = hidden * experts.hidden_scale[number]
+    y = experts.down_proj[number] @ hidden
     return y if experts.down_bias is None else y + experts.down_bias[number]
 
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from moe_builders.families import BY_MODEL_TYPE
 from moe_builders.hub import load_hf_model, save_hf_model
 from moe_builders.routers import TokenChoiceTopKRouter
+from moe_builders.routers.scores import keep_best_groups
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -267,7 +268,9 @@ def smallest_margin(model: nn.Module, real: Tensor, *args: Any, **inputs: Any) -
                 groups = seen.unflatten(-1, (router.num_groups, -1))  # [t, g, e/g]
                 best = groups.topk(router.group_score_topk, dim=-1).values.sum(-1)
                 gap(best, router.groups_per_token)
-                seen = router._keep_best_groups(seen)
+                seen = keep_best_groups(
+                    seen, num_groups=router.num_groups, groups_per_token=router.groups_per_token,
+                    group_score_topk=router.group_score_topk)  # fmt: skip
             elif router.score_function == "softmax" and router.expert_bias is None:
                 seen = seen.log()  # small scores are as exact as large ones, and chosen as surely
             gap(seen, router.experts_per_token)

@@ -126,6 +126,28 @@ def losses_and_weights(cfg):
     }
 
 
+def learned_buffers(cfg):
+    """What routers have learned outside of gradients at a run's end; equal on all processes."""
+    found = {}
+    with open_world(device=cfg.device) as world:
+        torch.manual_seed(cfg.seed)
+        model = recipe.build_model(cfg, world).model
+        loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
+        optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
+        stepper = build_stepper(optimizer, GradNorm(), world.device, in_backward=False,
+                                offload=False)  # fmt: skip
+        steps = loader.steps(epochs=cfg.max_steps)
+        for _ in range(cfg.max_steps):
+            values = recipe.train_step(model, next(steps), cfg, world)
+            recipe.update(stepper, None, cfg)
+            recipe.teach_routers(model, values["tally"])
+        found = {n: b.clone() for n, b in model.named_buffers() if "router" in n and b.numel()}
+        everybody = world.gather_objects(found)
+    for other in everybody:
+        assert all(torch.equal(other[name], value) for name, value in found.items())
+    return found
+
+
 def steps_of(cfg):
     """Weights, state bits and norms after a run's steps, torchao's update run eagerly.
 

@@ -13,6 +13,7 @@ from moe_builders.attention.gqa import GroupedQueryAttention
 from moe_builders.attention.mla import MultiHeadLatentAttention
 from moe_builders.data.batch import collate
 from moe_builders.errors import InputError
+from moe_builders.expert_list import ExpertList, ExpertNetwork
 from moe_builders.experts import GroupedExperts
 from moe_builders.families import qwen3_moe
 from moe_builders.flops import count_parameters, known_peak_tflops, model_flops
@@ -65,6 +66,14 @@ def ungated(layer):
     )
 
 
+def listed(layer):
+    """Experts of one size: a token meets the same number of products whoever is chosen."""
+    return MoE(
+        router=TokenChoiceTopKRouter(dim=D, num_experts=3, experts_per_token=2),
+        experts=ExpertList([ExpertNetwork(dim=D, hidden_dim=8, bias=True) for _ in range(3)]),
+    )
+
+
 MODELS = {
     "moe, dense, moe with shared experts": {},
     "tied": {"tie_word_embeddings": True},
@@ -78,6 +87,9 @@ MODELS = {
         "attention": latent_attention(q_lora_rank=None, v_head_dim=13, bias=True)
     },
     "ungated": {"mlp": ungated, "num_layers": 1},
+    "latent": {"mlp": moe_mlp(latent_dim=6, latent_bias=True, shared_hidden_dim=8)},
+    "ungated shared": {"mlp": moe_mlp(shared_hidden_dim=8, shared_activation="relu2")},
+    "a list": {"mlp": listed, "num_layers": 2},
 }
 
 
@@ -187,19 +199,20 @@ def test_flops_per_token_of_a_release():
     assert row / 4096 == pytest.approx(277e12 / 12_040, rel=0.005)
 
 
-def test_biases_of_experts_are_no_products():
-    """They are added by a product with a 0/1 matrix here, which is our way and no model's cost."""
+def test_biases_and_scales_of_experts_are_no_products():
+    """They reach rows by a product with a 0/1 matrix, which is our way and no model's cost."""
 
-    def build(bias):
-        return decoder_of(num_layers=1, mlp=lambda layer: moe_of_width_d(bias))
+    def build(**options):
+        return decoder_of(num_layers=1, mlp=lambda layer: moe_of_width_d(**options))
 
-    assert model_flops(build(True)) == model_flops(build(False))
+    plain = model_flops(build())
+    assert model_flops(build(bias=True)) == model_flops(build(hidden_scale=True)) == plain
 
 
-def moe_of_width_d(bias):
+def moe_of_width_d(**options):
     return MoE(
         router=TokenChoiceTopKRouter(dim=D, num_experts=4, experts_per_token=2),
-        experts=GroupedExperts(dim=D, hidden_dim=8, num_experts=4, bias=bias),
+        experts=GroupedExperts(dim=D, hidden_dim=8, num_experts=4, **options),
     )
 
 
@@ -211,6 +224,22 @@ def test_counts_of_tied_and_expert_choice_models():
     experts_hold = sum(p.numel() for p in model.layers[0].mlp.experts.parameters())
     counts = count_parameters(model)
     assert counts.total - counts.active == experts_hold * (1 - 1.5 / 4)
+
+
+def test_parameters_that_a_token_meets():
+    """Of lists and of hidden_scale its experts' share; of a latent space the projections whole."""
+    k, e, h, n = 2, 4, 8, 6
+
+    def active_part(mlp):
+        model = decoder_of(num_layers=1, mlp=mlp)
+        counts = count_parameters(model)
+        return counts.total - counts.active
+
+    one = 3 * D * h
+    assert active_part(moe_mlp()) == (e - k) * one
+    assert active_part(moe_mlp(hidden_scale=True)) == (e - k) * (one + h)
+    assert active_part(moe_mlp(latent_dim=n, latent_bias=True)) == (e - k) * 3 * n * h
+    assert active_part(listed) == (3 - k) * (one + 2 * h + D)
 
 
 class NoAttention(nn.Module):

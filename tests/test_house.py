@@ -67,6 +67,13 @@ def test_only_parallel_reads_the_environment_and_processes():
         assert "torch.distributed" not in text, path
 
 
+@pytest.mark.parametrize("path", python_files("moe_builders"), ids=str)
+def test_no_module_takes_another_ones_private_names(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_builders"):
+            assert not [name.name for name in node.names if name.name.startswith("_")]
+
+
 def test_environment_has_configs():
     assert len(config_files()) >= 3
 

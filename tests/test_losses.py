@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import assert_near, randomise
 
+from moe_builders.counts import count_assignments
 from moe_builders.errors import InputError
 from moe_builders.losses import (
-    count_assignments,
     load_balancing_loss,
     router_z_loss,
 )

@@ -7,9 +7,9 @@ import torch
 from helpers import assert_near
 from torch import nn
 
+from moe_builders.counts import count_assignments
 from moe_builders.losses import (
     IGNORE_INDEX,
-    count_assignments,
     cross_entropy_sum,
     load_balancing_loss,
 )

@@ -21,6 +21,7 @@ from torch import nn
 from moe_builders.errors import InputError
 from moe_builders.moe import MoE, collect_routing, moe_experts, moe_layer
 from moe_builders.routers import ExpertChoiceTopKRouter, TokenChoiceTopKRouter
+from moe_builders.routers.gate import Jitter
 from moe_builders.routing import TokenInfo, expert_of_rows
 
 POSITIONS = ["before", "mid", "after"]
@@ -189,6 +190,7 @@ def test_every_argument_of_the_router_reaches_it():
         "experts_per_token": 2, "score_function": "sigmoid", "normalize_weights": False,
         "normalize_eps": 0.25, "normalize_min": 0.5, "route_scale": 1.5, "expert_bias": True,
         "gate_bias": True, "num_groups": 2, "groups_per_token": 2, "group_score_topk": 1,
+        "weights_from": "biased", "gate_precision": "bf16", "jitter": "gumbel", "jitter_scale": 0.5,
     }  # fmt: skip
     takes = inspect.signature(TokenChoiceTopKRouter).parameters
     offered = inspect.signature(moe_layer).parameters
@@ -199,10 +201,16 @@ def test_every_argument_of_the_router_reaches_it():
             assert offered[name].default == takes[name].default != value, name
         # two groups where a group is asked for, k 2 so that weights can be normalised
         rest = {"experts_per_token": 2} | ({"num_groups": 2} if "group" in name else {})
+        if name == "weights_from":
+            rest["expert_bias"] = True
+        if name.startswith("jitter"):  # one needs the other
+            rest |= {"jitter": given["jitter"], "jitter_scale": given["jitter_scale"]}
         router = moe_layer(**(sizes | rest | {name: value})).router
         if name in ("expert_bias", "gate_bias"):
             assert (router.expert_bias is not None) == (name == "expert_bias")
             assert (router.gate.bias is not None) == (name == "gate_bias")
+        elif name.startswith("jitter"):
+            assert router.jitter == Jitter(given["jitter"], given["jitter_scale"])
         else:
             assert getattr(router, name) == value, name
 

@@ -7,7 +7,14 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_builders.ops.permute import gather_rows
-from moe_builders.routing import Routing, TokenInfo, check_routing, expert_of_rows, route_by_choice
+from moe_builders.routing import (
+    Routing,
+    TokenInfo,
+    check_routing,
+    dense_weights,
+    expert_of_rows,
+    route_by_choice,
+)
 
 # Four tokens choose two of four experts:
 #   token 0: 2 (0.75), 0 (0.25) · token 1: 1 (0.5), 2 (0.5)
@@ -54,6 +61,22 @@ def test_a_masked_tokens_weights_get_no_gradient_even_through_nan():
     incoming[-2:] = float("nan")
     routing.weights.backward(incoming)
     assert weights.grad.tolist() == [[3, 0], [0, 0], [1, 5], [4, 2]]
+
+
+def test_weights_as_a_table_by_hand():
+    weights = WEIGHTS.clone().requires_grad_()
+    kept = torch.tensor([[True, True], [True, True], [True, False], [True, True]])
+    mask = torch.tensor([True, False, True, True])
+    logits = torch.zeros(4, 4)
+    routing = route_by_choice(
+        expert=EXPERT, weights=weights, logits=logits, probs=logits.softmax(-1),
+        info=TokenInfo(mask=mask), kept=kept,
+    )  # fmt: skip
+    table = dense_weights(routing)
+    wanted = [[0.25, 0, 0.75, 0], [0, 0, 0, 0], [0.875, 0, 0, 0], [0, 0.0625, 1, 0]]
+    assert table.tolist() == wanted
+    (table * torch.arange(16.0).view(4, 4)).sum().backward()
+    assert weights.grad.tolist() == [[2, 0], [0, 0], [8, 0], [14, 13]]
 
 
 def test_all_masked():

@@ -32,6 +32,7 @@ def save_model(
     path: str | Path,
     *,
     component: dict[str, Any] | None = None,
+    router: dict[str, Any] | None = None,
     write: bool = True,
 ) -> None:
     """Write a model's parameters and persistent buffers as they are.
@@ -40,6 +41,7 @@ def save_model(
         model: sharded or not; with more than one process all must call.
         path: folder to write; replaced if it is there.
         component: how the model is built (its ``_component_`` and arguments), kept for the reader.
+        router: the component that took the place of its routers, if one did.
         write: True on the one process that writes.
     """
     shapes, state = model_shapes(model), model.state_dict()
@@ -57,9 +59,9 @@ def save_model(
             agree=raise_together,
         )
         if write:
-            (folder / MARKER_NAME).write_text(
-                json.dumps({"format": 1, "component": component}, indent=2) + "\n"
-            )
+            built = {"component": component} | ({} if router is None else {"router": router})
+            text = json.dumps({"format": 1} | built, indent=2)
+            (folder / MARKER_NAME).write_text(text + "\n")
 
 
 def load_model(
@@ -86,6 +88,11 @@ def load_model(
     check_complete(plan, folder.entries, path)
     materialize(model, device)
     load_pieces(model, plan, folder, show=show)
+
+
+def saved_router(path: str | Path) -> dict[str, Any] | None:
+    """The router component that a folder of ours was saved with; None: the model's own."""
+    return json.loads((Path(path) / MARKER_NAME).read_text()).get("router")
 
 
 def is_own_folder(path: str | Path) -> bool:

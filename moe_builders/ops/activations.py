@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,6 +54,12 @@ def clamped_swiglu(z: Tensor, *, limit: float, alpha: float) -> Tensor:
     return (up + 1) * (gate * (gate * alpha).sigmoid())
 
 
+def swiglu_within(z: Tensor, *, limit: float) -> Tensor:
+    """silu(gate) · up with gate ≤ limit and |up| ≤ limit, in fp32 or wider."""
+    gate, up = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=-1)
+    return (F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)).to(z.dtype)
+
+
 def relu2(z: Tensor) -> Tensor:
     """relu(z)², ungated. Source: So et al. 2021 (2109.08668), Primer."""
     return F.relu(z).square()
@@ -61,6 +68,11 @@ def relu2(z: Tensor) -> Tensor:
 def gelu_tanh(z: Tensor) -> Tensor:
     """GELU, tanh approximation, ungated."""
     return F.gelu(z, approximate="tanh")
+
+
+def gelu(z: Tensor) -> Tensor:
+    """GELU without the approximation, ungated. Source: Hendrycks, Gimpel 2016 (1606.08415)."""
+    return F.gelu(z)
 
 
 def silu(z: Tensor) -> Tensor:
@@ -88,6 +100,23 @@ def gpt_oss_swiglu(*, limit: float = 7.0, alpha: float = 1.702) -> Activation:
     return Activation("gpt_oss", gated=True, function=function)
 
 
+def limited_swiglu(*, limit: float) -> Activation:
+    """SwiGLU with clamped halves.
+
+    Args:
+        limit: the gate's highest value; the up half lies within ± limit. [swiglu_limit]
+
+    Raises:
+        InputError: limit is not above 0.
+
+    Source: DeepSeek-V4's ``swiglu_limit``, as NeMo Automodel 0.7.0 states it.
+    """
+    if not limit > 0:
+        raise InputError(f"limit is {limit}, but must be above 0; without one, use 'swiglu'")
+    function = functools.partial(swiglu_within, limit=limit)
+    return Activation("limited_swiglu", gated=True, function=function)
+
+
 ACTIVATIONS = {
     "swiglu": Activation("swiglu", gated=True, function=swiglu),
     "geglu": Activation("geglu", gated=True, function=geglu),
@@ -95,6 +124,7 @@ ACTIVATIONS = {
     "gpt_oss": gpt_oss_swiglu(),
     "relu2": Activation("relu2", gated=False, function=relu2),
     "gelu_tanh": Activation("gelu_tanh", gated=False, function=gelu_tanh),
+    "gelu": Activation("gelu", gated=False, function=gelu),
     "silu": Activation("silu", gated=False, function=silu),
 }
 

@@ -10,6 +10,8 @@ torch's own grouped product cannot be traced with) and autograd sees one backwar
 
 Both exist in two ways that tests hold equal: ``grouped`` (torch.nn.functional.grouped_mm) and
 ``loop`` (one matmul per expert; also serves fp64 and shapes that the grouped kernel refuses).
+Both visit experts with rows only: nothing of an idle expert's weights is read. A third, without
+gradients, is in ``ops.gathered_mm``.
 Rows past the last expert's run belong to nobody: they are zero in the output and in the input
 gradient, whatever the input holds there (NaN included).
 """
@@ -20,9 +22,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_builders.errors import InputError
+from moe_builders.ops.gathered_mm import gathered_mm, takes_gathered
 from moe_builders.ops.rounded_mm import rounded_mm, rounded_weight_grad, takes_rounded
 
-BACKENDS = ("auto", "grouped", "loop")
+BACKENDS = ("auto", "grouped", "loop", "gather")
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,13 +40,16 @@ def grouped_mm(
             not copied).
         num_tokens_per_expert: [e] int, rows of each expert; zeros are fine.
         backend: "auto" (grouped where the kernel takes dtype and strides, else the loop; in half
-            precision on a CPU the loop of ``ops.rounded_mm``), "grouped" or "loop".
+            precision on a CPU the loop of ``ops.rounded_mm``; on a GPU without gradients and for
+            few rows what ``ops.gathered_mm`` says), "grouped", "loop", or "gather" (any number of
+            rows, no gradients).
 
     Returns:
         [a, o]; exact zeros in the ignored rows.
 
     Raises:
-        InputError: unknown back end, or shapes that do not fit each other.
+        InputError: unknown back end, shapes that do not fit each other, or "gather" where
+            gradients are wanted.
     """
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
@@ -57,6 +63,8 @@ def grouped_mm(
             f"num_tokens_per_expert has shape {tuple(num_tokens_per_expert.shape)}, but the "
             f"weight holds {weight.shape[0]} experts"
         )
+    if takes_gathered(backend, x, weight):
+        return gathered_mm(x, weight, num_tokens_per_expert)
     return _grouped_mm(x, weight, num_tokens_per_expert, backend)
 
 

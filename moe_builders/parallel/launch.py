@@ -42,7 +42,8 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
     """
     rank = os.environ.get("RANK", "0")
     try:
-        config = parse()
+        with first_process_warns():
+            config = parse()
     except InputError as error:  # the same on every process: one of them says it
         if rank == "0":
             sys.stderr.write(f"error: {_sentence(error)}\n")

@@ -38,7 +38,7 @@ class World:
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all processes, in place (on the compute device); no host sync."""
-        if self.size > 1:
+        if self.size > 1 and value.numel():
             dist.all_reduce(value)
         return value
 

@@ -18,14 +18,16 @@ from omegaconf.errors import (
 from moe_builders.errors import InputError
 from moe_builders.instantiate import did_you_mean
 from moe_builders.training.overrides import apply_overrides, one_line
+from moe_builders.training.renamed import rename_old_keys
 from moe_builders.training.schema import (
     above,
     at_least,
     check_ranges,
-    elsewhere,
     one_of,
+    unknown_key,
     wrong_type,
 )
+from moe_builders.training.together import check_together
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64,
@@ -39,9 +41,38 @@ class RouterLossConfig:
     load_balancing_coef: float = at_least(0, default=0.0)
     load_balancing_scope: str = one_of("sequence", "micro", "global")
     global_exact: bool = False  # scope global: count a whole step first (one more forward)
+    # switch: e·Σ f·P | mse: of mean scores | st_moe: first choices | hf: transformers', over layers
+    load_balancing_form: str = one_of("switch", "mse", "st_moe", "hf")
+    # what is counted: choices before any was dropped, or what experts were given
+    load_balancing_on: str = one_of("assigned", "kept")
     z_coef: float = at_least(0, default=0.0)
+    own_coef: float = at_least(0, default=0.01)  # of what routers ask for (expert choice's BCE)
     # which tokens count: padding = all real ones | labels = labelled ones
     mask: str = one_of("padding", "labels")
+
+
+@dataclass
+class ExpertBiasConfig:
+    """How a selection-only bias learns after each step (loss-free balancing)."""
+
+    update_rate: float = at_least(0, default=0.0)  # 0: the bias stays as it is
+    # sign: ± update_rate | quantile: update_rate of the way to the bias that would balance the step
+    rule: str = one_of("sign", "quantile")
+    recenter: bool = False  # subtract the mean afterwards
+
+
+@dataclass
+class RoutingConfig:
+    """What is laid over the routers of every layer."""
+
+    capacity_factor: float | None = above(0, default=None)  # in training; null: no limit
+    eval_capacity_factor: float | None = above(0, default=None)  # null: no limit
+    min_capacity: int = at_least(1, default=4)  # tokens per expert
+    capacity_scope: str = one_of("sequence", "micro")  # tokens that share the limit
+    drop: str = one_of("position", "probs")  # position: the latest | probs: the lowest weights
+    pad_to_capacity: bool = False  # every expert computes its full capacity
+    jitter: str = one_of("none", "logit_gaussian", "input_uniform", "gumbel")  # in training
+    jitter_scale: float = at_least(0, default=0.0)
 
 
 @dataclass
@@ -64,6 +95,9 @@ class RecipeConfig:
     output_dir: str = MISSING  # everything a run writes
     base_model: str | None = None  # HF folder, or a folder that a run saved under our own names
     model: Any = None  # component; null: what base_model's config.json says
+    router: Any = None  # component, in place of every layer's; null: the model's own
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    expert_bias: ExpertBiasConfig = field(default_factory=ExpertBiasConfig)
     # of a model without base_model; null: as its modules drew it
     init_std: float | None = at_least(0, default=0.02)
     tokenizer: Any = None  # component; null: of base_model
@@ -116,7 +150,8 @@ class RecipeConfig:
 
     metric_logger: Any = None  # component, or a list of them; null: a file under output_dir/logs
     log_every_n_steps: int = at_least(1, default=1)
-    log_layers: bool = False  # each layer's max_violation, dead experts and entropy too
+    log_layers: bool = False  # each layer's load values too, and how layers and experts differ
+    log_experts: int = at_least(0, default=0)  # so many of the most and of the least used ones
     plots: bool = False  # PNG files of expert load and curves; needs matplotlib
     # dense TFLOP/s of one device, for MFU; null: a known GPU's, where it computes in bf16
     peak_tflops: float | None = above(0, default=None)
@@ -195,8 +230,11 @@ def load_config(
 def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) -> RecipeConfig:
     """Match keys and types against the schema and its allowed words.
 
+    Names of earlier versions are understood, with a FutureWarning.
+
     Raises:
-        InputError: unknown key, wrong type, missing value, or a word that is not allowed.
+        InputError: unknown key, wrong type, missing value, a word that is not allowed, or keys
+            that do not go together.
     """
     given = OmegaConf.to_container(values)
     assert isinstance(given, dict)
@@ -204,6 +242,9 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
         value = given.get(key)
         if key in given and is_dataclass(entry.type) and not isinstance(value, dict):
             raise InputError(f"{key} is {value!r}, but must hold key: value pairs")
+    values = rename_old_keys(values, schema.__dataclass_fields__)
+    given = OmegaConf.to_container(values)
+    assert isinstance(given, dict)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), values)
         config = OmegaConf.to_object(merged)
@@ -214,10 +255,7 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
         ) from error
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        nested = RouterLossConfig.__dataclass_fields__ | ProfilerConfig.__dataclass_fields__
-        known = schema.__dataclass_fields__ | nested
-        near = elsewhere(key) or did_you_mean(key.rpartition(".")[2], known)
-        raise InputError(f"unknown key {key!r} in the config{near}") from error
+        raise InputError(unknown_key(schema, key)) from error
     except InterpolationResolutionError as error:
         raise InputError(
             f"{error.full_key}: {one_line(error)} (${{KEY}} stands for another key of the config, "
@@ -228,47 +266,8 @@ def check_config(values: DictConfig, schema: type[RecipeConfig] = RecipeConfig) 
         raise InputError(known or f"{error.full_key}: {one_line(error)}") from error
     assert isinstance(config, RecipeConfig)
     check_ranges(config)
-    _check_together(config)
+    check_together(config)
     return config
-
-
-def _check_together(config: RecipeConfig) -> None:
-    """What no key can tell alone."""
-    losses = config.router_losses
-    if config.seed >= 2**63:
-        raise InputError(f"seed is {config.seed}, but must be below 2**63")
-    if losses.global_exact and losses.load_balancing_scope != "global":
-        raise InputError(
-            "router_losses.global_exact goes with router_losses.load_balancing_scope=global"
-        )
-    if config.optimizer_in_bwd and config.gradient_accumulation_steps > 1:
-        raise InputError(
-            "optimizer_in_bwd frees each gradient as it comes, so "
-            f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be 1: "
-            "raise batch_size instead"
-        )
-    if config.optimizer_in_bwd and config.clip_grad_norm is not None:
-        raise InputError(
-            "optimizer_in_bwd steps before the gradients' norm is known, so clip_grad_norm is "
-            f"{config.clip_grad_norm}, but must be null: set clip_grad_norm=null"
-        )
-    if config.enable_activation_offloading and not config.enable_activation_checkpointing:
-        raise InputError(
-            "enable_activation_offloading moves what activation checkpointing keeps: set "
-            "enable_activation_checkpointing=true too"
-        )
-    for key in ("run_val_every_n_steps", "early_stop_patience"):
-        value = getattr(config, key)
-        if value is not None and config.dataset_val is None:
-            raise InputError(
-                f"{key} is {value}, but there is nothing to validate on: set dataset_val, or "
-                f"{key}=null"
-            )
-    if config.early_stop_patience is not None and config.run_val_every_n_steps is None:
-        raise InputError(
-            f"early_stop_patience is {config.early_stop_patience}, but nothing is validated during "
-            "the run: set run_val_every_n_steps, or early_stop_patience=null"
-        )
 
 
 def _where(error: Exception) -> str:

@@ -23,9 +23,11 @@ _SHOWN = 3  # names in a message
 def is_small(name: str, parameter: Tensor) -> bool:
     """A norm's weight, a bias (also one per expert) or a router's: never decayed, never quantised.
 
-    Decay would pull a norm's scale towards 0 and a router towards indifference.
+    Decay would pull a norm's scale (or experts' ``hidden_scale``) towards 0 and a router towards
+    indifference.
     """
-    return parameter.ndim < 2 or name.endswith("bias") or is_router_parameter(name)
+    small = name.endswith(("bias", "hidden_scale"))
+    return parameter.ndim < 2 or small or is_router_parameter(name)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], *, freeze_router: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a run: a heat map of the expert load, and the curves.
+"""Pictures of a run: heat maps of the experts' load and mean scores, and the curves.
 
 Letters: l layers with experts · e num_experts.
 """
@@ -56,24 +56,35 @@ class Plots:
             loads: title -> counts [l, e]; one heat map each, side by side.
             layers: l names of the rows.
         """
-        num_layers, num_experts = next(iter(loads.values())).shape
-        width = min(max(3.4, 0.055 * num_experts + 1.2), 9.0)
-        height = min(max(1.5, 0.16 * num_layers), 16.0)
-        figure = _new_figure(width * len(loads) + 0.9, height + 1.6)
-        all_axes = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
-        drawn = None
-        for axes, (title, counts) in zip(all_axes, loads.items(), strict=True):
-            drawn = _heat_map(axes, counts, layers)
-            worst, dead = max_violation(counts).max(), dead_experts(counts).sum()
-            axes.set_title(
-                f"{title}\nmax_violation {worst:.2f}, dead {dead} of {counts.numel()}", fontsize=9
-            )
-        all_axes[0].set_ylabel("layer")
-        figure.suptitle(f"expert load at step {step}", fontsize=11)
-        bar = figure.colorbar(drawn, ax=list(all_axes), extend="max", fraction=0.04, pad=0.02)
-        bar.set_label("load / mean load of the layer (black: no token)", fontsize=8)
-        bar.set_ticks([0, 0.5, 1, 2, 3, _HIGHEST], labels=["0", "½", "1", "2", "3", "≥ 4"])
+        titles = {
+            f"{title}\nmax_violation {max_violation(counts).max():.2f}, dead "
+            f"{dead_experts(counts).sum()} of {counts.numel()}": relative_load(counts)
+            for title, counts in loads.items()
+        }
+        figure = _heat_maps(
+            titles, layers, title=f"expert load at step {step}",
+            unit="load / mean load of the layer (black: no token)",
+        )  # fmt: skip
         self._save(figure, f"load_step_{step}.png")
+
+    def draw_usage(self, step: int, usages: Mapping[str, Tensor], layers: Sequence[str]) -> None:
+        """``usage_step_N.png``: mean score times e, white where balanced.
+
+        Args:
+            step: N.
+            usages: title -> mean scores [l, e]; one heat map each, side by side.
+            layers: l names of the rows.
+        """
+        titles = {
+            f"{title}\nhighest {(used * used.shape[-1]).max():.2f}, lowest "
+            f"{(used * used.shape[-1]).min():.2f}": used * used.shape[-1]
+            for title, used in usages.items()
+        }
+        figure = _heat_maps(
+            titles, layers, title=f"mean score of the experts at step {step}",
+            unit="mean score × number of experts (black: 0)",
+        )  # fmt: skip
+        self._save(figure, f"usage_step_{step}.png")
 
     def draw_curves(self, history: Lines, validations: Lines) -> None:
         """``curves.png``, written anew.
@@ -117,14 +128,34 @@ class Plots:
             raise InputError(f"{self.folder / name} cannot be written: {error.strerror}") from error
 
 
-def _heat_map(axes: Any, counts: Tensor, layers: Sequence[str]) -> Any:
+def _heat_maps(
+    tables: Mapping[str, Tensor], layers: Sequence[str], *, title: str, unit: str
+) -> Any:
+    """A figure of heat maps side by side: title -> [l, e], where 1 is white and 0 is black."""
+    num_layers, num_experts = next(iter(tables.values())).shape
+    width = min(max(3.4, 0.055 * num_experts + 1.2), 9.0)
+    height = min(max(1.5, 0.16 * num_layers), 16.0)
+    figure = _new_figure(width * len(tables) + 0.9, height + 1.6)
+    all_axes = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    drawn = None
+    for axes, (name, table) in zip(all_axes, tables.items(), strict=True):
+        drawn = _heat_map(axes, table, layers)
+        axes.set_title(name, fontsize=9)
+    all_axes[0].set_ylabel("layer")
+    figure.suptitle(title, fontsize=11)
+    bar = figure.colorbar(drawn, ax=list(all_axes), extend="max", fraction=0.04, pad=0.02)
+    bar.set_label(unit, fontsize=8)
+    bar.set_ticks([0, 0.5, 1, 2, 3, _HIGHEST], labels=["0", "½", "1", "2", "3", "≥ 4"])
+    return figure
+
+
+def _heat_map(axes: Any, table: Tensor, layers: Sequence[str]) -> Any:
     from matplotlib.colors import TwoSlopeNorm
 
-    num_layers, num_experts = counts.shape
-    table = relative_load(counts).masked_fill(counts == 0, torch.nan)
-    colours = _colours()
+    num_layers, num_experts = table.shape
+    table = table.masked_fill(table == 0, torch.nan)
     drawn = axes.imshow(
-        table.numpy(), aspect="auto", interpolation="nearest", cmap=colours,
+        table.numpy(), aspect="auto", interpolation="nearest", cmap=_colours(),
         norm=TwoSlopeNorm(vmin=0, vcenter=1, vmax=_HIGHEST),
     )  # fmt: skip
     axes.set_facecolor(_DEAD)
@@ -133,7 +164,7 @@ def _heat_map(axes: Any, counts: Tensor, layers: Sequence[str]) -> Any:
     rows = _few(num_layers)
     axes.set_yticks(rows, labels=[layers[row].removeprefix("layers.") for row in rows])
     if num_layers * num_experts <= 64:  # few enough to read as numbers
-        for row, column in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+        for row, column in torch.cartesian_prod(*map(torch.arange, table.shape)).tolist():
             value = float(table[row, column])
             text = "dead" if value != value else f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=7,

@@ -1,6 +1,7 @@
 """What a run shows: progress bar, loggers, files and plots, one step late, so that no step waits.
 
-Letters: l layers with experts · e num_experts.
+Letters: l layers with experts · e num_experts. A load is a table [3, l, e] of
+``training.objective.layer_loads``: assignments, those that were kept, sums of scores.
 """
 
 import math
@@ -14,8 +15,15 @@ from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from moe_builders.errors import InputError
-from moe_builders.metrics import layer_metrics, load_metrics
+from moe_builders.metrics import (
+    detailed_metrics,
+    extreme_experts,
+    layer_metrics,
+    load_metrics,
+    usage,
+)
 from moe_builders.training.finite_watch import Watched, first_bad, where_it_began
+from moe_builders.training.on_the_way import OnTheWay
 from moe_builders.training.run_files import MetricsFile
 
 Values = Mapping[str, Tensor | float | int]
@@ -27,6 +35,10 @@ class Pictures(Protocol):
 
     def draw_load(self, step: int, loads: Mapping[str, Tensor], layers: Sequence[str]) -> None:
         """loads: title -> counts [l, e]; layers: l names."""
+        ...
+
+    def draw_usage(self, step: int, usages: Mapping[str, Tensor], layers: Sequence[str]) -> None:
+        """usages: title -> mean scores [l, e]; layers: l names."""
         ...
 
     def draw_curves(self, history: Lines, validations: Lines) -> None:
@@ -47,9 +59,12 @@ class Reporter:
         total: steps in the run, for the bar.
         every: log every so many steps.
         show: draw the progress bar.
-        history, validations, load: ``shown`` of the run that is resumed.
+        history, validations, load: ``shown`` of the run that is resumed; a load [l, e] of a run
+            that knew no drops and no scores counts as kept, and leaves usage unknown (NaN) until
+            the next validation.
         layers: l names of layers with experts.
-        log_layers: each layer's values go to the loggers, not just the worst one's.
+        log_layers: each layer's values go to the loggers too, and how layers and experts differ.
+        log_experts: so many of the most and of the least used experts go to the loggers.
         metrics: file that gets every step and validation.
         pictures: drawn at each validation and at the end.
         gather: gives what each process has, by rank; asked when a run has diverged.
@@ -69,24 +84,24 @@ class Reporter:
         show: bool,
         history: Sequence[dict[str, float]] = (),
         validations: Sequence[dict[str, float]] = (),
-        load: Sequence[Sequence[float]] | None = None,
+        load: Sequence[Any] | None = None,
         layers: Sequence[str] = (),
         log_layers: bool = False,
+        log_experts: int = 0,
         metrics: MetricsFile | None = None,
         pictures: Pictures | None = None,
         gather: Callable[[Any], list[Any]] = lambda found: [found],
     ) -> None:
         self.loggers, self.every = loggers, every
-        self.layers, self.log_layers = layers, log_layers
+        self.layers, self.log_layers, self.log_experts = layers, log_layers, log_experts
         self.metrics, self.pictures, self.gather = metrics, pictures, gather
         self.history, self.validations = list(history), list(validations)
         self.asked_to_stop = False
         self.bar = tqdm(
             total=total, initial=len(history), disable=not show, unit="step", dynamic_ncols=True
         )
-        self._waiting: tuple[int, dict[str, float], _OnTheWay, Watched | None] | None = None
-        # [l, e] of the steps since the last validation
-        self._load = None if load is None else torch.tensor(load, dtype=torch.float64)
+        self._waiting: tuple[int, dict[str, float], OnTheWay, Watched | None] | None = None
+        self._load = None if load is None else _restored(load)  # since the last validation
 
     def step(
         self,
@@ -101,7 +116,7 @@ class Reporter:
         Args:
             number: of the step.
             values: numbers, or scalar tensors on any device.
-            load: [l, e] assignments of the step over all processes.
+            load: [3, l, e] of the step over all processes.
             watched: what this process saw of the step.
 
         Raises:
@@ -112,7 +127,7 @@ class Reporter:
         plain = {name: float(v) for name, v in values.items() if not isinstance(v, Tensor)}
         tensors |= {} if load is None else {"load": load}
         tensors |= {} if watched is None else {"watched": watched.sums}
-        self._waiting = (number, plain, _OnTheWay(tensors), watched)
+        self._waiting = (number, plain, OnTheWay(tensors), watched)
         self.bar.update()
 
     def flush(self) -> None:
@@ -145,7 +160,7 @@ class Reporter:
         if load is not None:
             self._load = load if self._load is None else self._load + load
             plain |= {name: float(v) for name, v in load_metrics(load).items()}
-            extra = self._by_layer(load, "")
+            extra = self._details(load, "")
         self.history.append(plain)
         shown = ("loss", "balance", "tokens_per_second", "mfu")
         self.bar.set_postfix_str(
@@ -173,7 +188,7 @@ class Reporter:
         Args:
             number: of the step it follows.
             values: of the validation set.
-            load: [l, e] assignments of the validation set over all processes.
+            load: [3, l, e] of the validation set over all processes.
 
         Raises:
             InputError: the step before it has diverged.
@@ -182,33 +197,45 @@ class Reporter:
         load, train = load.cpu(), self._load
         values = dict(values) | {f"val_{k}": float(v) for k, v in load_metrics(load).items()}
         self.validations.append({"step": number} | values)
-        self.log(values | self._by_layer(load, "val_"), number)
+        self.log(values | self._details(load, "val_"), number)
         self.say(f"step {number}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         loads = {"validation set": load} if train is None else {
             "training since the last validation": train, "validation set": load}  # fmt: skip
         if self.metrics is not None:
             tables = {"val_load": load} | ({} if train is None else {"load": train})
-            lists = {name: table.long().tolist() for name, table in tables.items()}
+            lists: dict[str, Any] = {n: table[0].long().tolist() for n, table in tables.items()}
             for name, table in tables.items():
-                measures = layer_metrics(table).items()
-                lists |= {f"{name.removesuffix('load')}layers_{k}": v for k, v in measures}
+                prefix = name.removesuffix("load")
+                lists[f"{prefix}usage"] = usage(table[2]).tolist()
+                lists |= {f"{prefix}layers_{k}": v for k, v in layer_metrics(table).items()}
             line = {"step": number, "kind": "validation"}
             self.metrics.append(line | values | lists)
         self._draw(number, loads)
 
     def _draw(self, number: int, loads: Mapping[str, Tensor]) -> None:
         self._load = None
-        if self.pictures is not None:
-            if loads:
-                self.pictures.draw_load(number, loads, self.layers)
-            self.pictures.draw_curves(self.history, self.validations)
+        if self.pictures is None:
+            return
+        if loads:
+            counts = {title: load[0] for title, load in loads.items()}
+            self.pictures.draw_load(number, counts, self.layers)
+        known = {title: usage(load[2]) for title, load in loads.items() if load.isfinite().all()}
+        if known:
+            self.pictures.draw_usage(number, known, self.layers)
+        self.pictures.draw_curves(self.history, self.validations)
 
-    def _by_layer(self, load: Tensor, prefix: str) -> dict[str, float]:
-        return {
-            f"{layer}/{prefix}{measure}": float(value)
-            for measure, values in (layer_metrics(load) if self.log_layers else {}).items()
-            for layer, value in zip(self.layers, values, strict=True)
-        }
+    def _details(self, load: Tensor, prefix: str) -> dict[str, float]:
+        """What only a detailed log has of a load."""
+        found: dict[str, float] = {}
+        if self.log_layers:
+            found |= {f"{prefix}{name}": v for name, v in detailed_metrics(load).items()}
+            for measure, values in layer_metrics(load).items():
+                for layer, value in zip(self.layers, values, strict=True):
+                    found[f"{layer}/{prefix}{measure}"] = float(value)
+        for (layer, expert), value in extreme_experts(load[0], self.log_experts).items():
+            number = self.layers[layer].removeprefix("layers.")
+            found[f"{prefix}moe_expert_utilization/layer_{number}_expert_{expert}"] = value
+        return found
 
     def log(self, values: Mapping[str, Any], number: int) -> None:
         """Write values to every logger at once."""
@@ -233,28 +260,12 @@ class Reporter:
             logger.close()
 
 
-class _OnTheWay:
-    """Tensors copied from the device, all in one piece, without waiting for it."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.arrived = None
-        self.numbers = torch.zeros(0, dtype=torch.float64)
-        if tensors:
-            flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
-            self.numbers = flat.to("cpu", non_blocking=True)
-            if flat.is_cuda:
-                self.arrived = torch.cuda.Event()
-                self.arrived.record()
-
-    def values(self) -> dict[str, Tensor]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        parts = self.numbers.split([shape.numel() for shape in self.shapes.values()])
-        return {
-            name: part.view(shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+def _restored(load: Sequence[Any]) -> Tensor:
+    """[3, l, e] from the JSON of ``shown``, also from that of a run that kept [l, e]."""
+    table = torch.tensor(load, dtype=torch.float64)
+    if table.dim() == 2:
+        return torch.stack([table, table, torch.full_like(table, torch.nan)])
+    return table
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Fields of a configuration that carry their own limits, and the check that reads them."""
 
+import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 from moe_builders.errors import InputError
+from moe_builders.instantiate import did_you_mean
 
 _WORDS = {
     int: "an integer", float: "a number", bool: "true or false", str: "a text", list: "a list",
@@ -17,15 +20,20 @@ _WORDS = {
 _ELSEWHERE = {
     "betas": "optimizer.betas", "bf16": "compute_dtype", "column": "dataset.column",
     "data_files": "dataset.data_files", "dtype": "param_dtype and compute_dtype",
+    "experts_per_token": "model.experts_per_token",
     "fp16": "compute_dtype", "gradient_checkpointing": "enable_activation_checkpointing",
     "learning_rate": "optimizer.lr", "lr": "optimizer.lr", "max_grad_norm": "clip_grad_norm",
-    "model_name_or_path": "base_model", "num_train_epochs": "epochs",
+    "model_name_or_path": "base_model", "num_experts": "model.num_experts",
+    "num_experts_per_tok": "model.experts_per_token", "num_train_epochs": "epochs",
     "num_warmup_steps": "lr_scheduler.num_warmup_steps", "packed": "dataset.packed",
     "per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume",
     "save_steps": "checkpoint_every_n_steps", "source": "dataset.source",
     "split": "dataset.split", "streaming": "dataset.streaming",
     "warmup_steps": "lr_scheduler.num_warmup_steps", "weight_decay": "optimizer.weight_decay",
 }  # fmt: skip
+# sections of what concerns experts, and what a key looks like that belongs into one
+_MOE_SECTIONS = ("router_losses", "routing", "expert_bias")
+_OF_EXPERTS = re.compile(r"moe|rout|expert|aux_|balanc|capacity|jitter|gat(e|ing)\b")
 
 
 def at_least(limit: float, *, default: Any) -> Any:
@@ -64,9 +72,32 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             raise InputError(f"{key} is {value}, but must be above {rules['above']}{also}")
 
 
-def elsewhere(key: str) -> str:
-    """What a key of other trainers, or one of a component's, is called here; "" for others."""
-    return f": here it is {_ELSEWHERE[key]}" if key in _ELSEWHERE else ""
+def unknown_key(schema: Any, key: str) -> str:
+    """The sentence for a key that is not there: what it is called here, a near name, or all names.
+
+    Args:
+        schema: dataclass of the whole configuration.
+        key: dotted.
+    """
+    start = f"unknown key {key!r} in the config"
+    if key in _ELSEWHERE:
+        return f"{start}: here it is {_ELSEWHERE[key]}"
+    sections = {f.name: list(f.type.__dataclass_fields__) for f in fields(schema)
+                if is_dataclass(f.type)}  # fmt: skip
+    section, _, last = key.rpartition(".")
+    names = sections.get(section, [])
+    near = did_you_mean(last, names)
+    if not near:
+        paths = {name: f"{s}.{name}" for s, inside in sections.items() for name in inside}
+        paths |= {f.name: f.name for f in fields(schema)}
+        found = difflib.get_close_matches(last, paths, n=1)
+        near = f" (did you mean {paths[found[0]]!r}?)" if found else ""
+    if names:
+        return f"{start}{near}; {section} takes {', '.join(names)}"
+    if not near and _OF_EXPERTS.search(key):
+        known = "; ".join(f"{s}: {', '.join(sections[s])}" for s in _MOE_SECTIONS if s in sections)
+        return f"{start}: what concerns experts stands in {known}; or is an argument of model"
+    return start + near
 
 
 def wrong_type(schema: Any, key: str, given: Mapping[Any, Any]) -> str | None:

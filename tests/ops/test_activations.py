@@ -7,7 +7,12 @@ import torch
 from helpers import assert_near
 
 from moe_builders.errors import InputError
-from moe_builders.ops.activations import ACTIVATIONS, find_activation, gpt_oss_swiglu
+from moe_builders.ops.activations import (
+    ACTIVATIONS,
+    find_activation,
+    gpt_oss_swiglu,
+    limited_swiglu,
+)
 
 
 def test_exact_gelu_is_no_approximation():
@@ -54,6 +59,44 @@ def test_gpt_oss_with_other_numbers():
     for limit in (0, -7.0, float("nan")):
         with pytest.raises(InputError, match=rf"limit is {limit}, but must be above 0"):
             gpt_oss_swiglu(limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "clamped_gate", "clamped_up"),
+    [
+        (0.5, 0.25, 0.5, 0.25),
+        (9.0, 0.25, 2.0, 0.25),
+        (-9.0, 0.25, -9.0, 0.25),  # below nothing is clamped
+        (0.5, 8.0, 0.5, 2.0),
+        (0.5, -8.0, 0.5, -2.0),
+    ],
+)
+def test_limited_swiglu(gate, up, clamped_gate, clamped_up):
+    z = torch.tensor([[gate, up]], dtype=torch.float64, requires_grad=True)
+    got = limited_swiglu(limit=2.0).function(z)
+    wanted = clamped_gate * sigmoid(clamped_gate) * clamped_up
+    assert got.item() == pytest.approx(wanted, rel=1e-12)
+    (grad,) = torch.autograd.grad(got.sum(), z)
+    assert (grad[0, 0] != 0) == (gate == clamped_gate)
+    assert (grad[0, 1] != 0) == (up == clamped_up)
+
+
+def test_limited_swiglu_is_rounded_once():
+    z = torch.randn(64, 16).bfloat16()
+    function = limited_swiglu(limit=1.0).function
+    assert torch.equal(function(z), function(z.float()).bfloat16())
+    swiglu = ACTIVATIONS["swiglu"].function
+    assert_near(limited_swiglu(limit=100.0).function(z.double()), swiglu(z.double()), 1e-15)
+    for limit in (0, -1.0, float("nan")):
+        with pytest.raises(InputError, match=rf"limit is {limit}, but must be above 0"):
+            limited_swiglu(limit=limit)
+
+
+def test_gelu_is_exact_and_ungated():
+    z = torch.tensor([[-3.0, -0.5, 0.7, 2.0]], dtype=torch.float64)
+    wanted = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in z[0].tolist()]
+    assert ACTIVATIONS["gelu"].function(z)[0].tolist() == pytest.approx(wanted, rel=1e-12)
+    assert ACTIVATIONS["gelu_tanh"].function(z)[0].tolist() != pytest.approx(wanted, rel=1e-6)
 
 
 def test_silu_is_ungated():

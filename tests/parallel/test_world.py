@@ -1,5 +1,7 @@
 """Who takes part, without spawning anybody; and how a mistake leaves the program."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -161,3 +163,14 @@ def test_mistakes_in_the_command_line_and_success(capsys, monkeypatch):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         launch(lambda _: 1 / 0, lambda: None)
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("3", 0)])
+def test_only_the_first_process_warns_of_the_configuration(monkeypatch, recwarn, rank, times):
+    def parse():
+        warnings.warn("an old name", FutureWarning, stacklevel=1)
+
+    monkeypatch.setenv("RANK", rank)
+    warnings.simplefilter("always")
+    assert launch(lambda config: None, parse) == 0
+    assert len(recwarn) == times

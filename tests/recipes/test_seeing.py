@@ -19,7 +19,7 @@ EVEN = {"_component_": "helpers_seeing.EvenDataset"}
 VAL = {"_component_": "helpers_train.RaggedDataset", "num_samples": 8, "seed": 7}
 EVERYTHING = {
     "max_steps": 4, "batch_size": 2, "dataset_val": VAL, "run_val_every_n_steps": 2, "plots": True,
-    "log_layers": True, "peak_tflops": 0.5,
+    "log_layers": True, "log_experts": 1, "peak_tflops": 0.5,
     "profiler": {"enabled": True, "wait_steps": 1, "warmup_steps": 1, "active_steps": 1},
 }  # fmt: skip
 
@@ -37,7 +37,8 @@ def test_the_run_folder(two):
     found = sorted(str(p.relative_to(two)) for p in two.rglob("*") if p.is_file())
     assert [name for name in found if not name.startswith(("logs/", "model/"))] == [
         "environment.json", "metrics.jsonl", "plots/curves.png", "plots/load_step_0.png",
-        "plots/load_step_2.png", "plots/load_step_4.png", "profile/rank_0.json.gz",
+        "plots/load_step_2.png", "plots/load_step_4.png", "plots/usage_step_0.png",
+        "plots/usage_step_2.png", "plots/usage_step_4.png", "profile/rank_0.json.gz",
         "profile/rank_0.txt", "profile/rank_1.json.gz", "profile/rank_1.txt",
         "torchtune_config.yaml",
     ]  # fmt: skip
@@ -53,12 +54,16 @@ def test_metrics_of_steps_and_validations(two):
     assert marks == [(0, val), (1, "step"), (2, "step"), (2, val), (3, "step"), (4, "step"),
                      (4, val)]  # fmt: skip
     step, last = lines[-2], lines[-1]
-    assert {"loss", "balance", "z", "grad_norm", "lr", "tokens_per_second", "mfu", "peak_rss_gib",
-            "cut_samples", "max_violation", "dead_experts", "load_entropy",
-            "step"} == set(step)  # fmt: skip
+    assert {"loss", "balance", "z", "own", "grad_norm", "lr", "tokens_per_second", "mfu",
+            "peak_rss_gib", "cut_samples", "max_violation", "dead_experts", "load_entropy",
+            "load_cv", "drop_rate", "step"} == set(step)  # fmt: skip
     tokens = 2 * 2 * 2 * EvenDataset.LENGTH  # two steps of two processes with two rows each
     assert torch.tensor(last["load"]).sum(-1).tolist() == [2 * tokens] * 2, "k is 2"
     assert lines[0]["val_load"] != last["val_load"]
+    for name in ("usage", "val_usage"):
+        sums = torch.tensor(last[name], dtype=torch.float64).sum(-1)
+        torch.testing.assert_close(sums, torch.ones(2).double(), rtol=0, atol=1e-6)
+    assert last["layers_drop_rate"] == [0.0, 0.0], "no capacity"
 
 
 def test_each_layer_is_logged_when_asked_for(two):
@@ -68,6 +73,8 @@ def test_each_layer_is_logged_when_asked_for(two):
     for layer in (0, 1):
         for measure in ("max_violation", "dead_experts", "load_entropy"):
             assert f"layers.{layer}/{measure}:" in first
+    assert "utilisation_p25:" in first
+    assert first.count("moe_expert_utilization/layer_") == 2, "the most and the least used one"
 
 
 def test_mfu_is_flops_over_what_the_devices_could_have_done(two, tmp_path):

@@ -142,6 +142,7 @@ def test_interpolation_inside_the_file(parse):
         ("clip_grad_norm=one", "clip_grad_norm is 'one', but must be a number or null"),
         ("seed.x=1", "seed is {'x': 1}, but must be an integer"),
         ("router_losses.z_coef=[1]", "router_losses.z_coef is [1], but must be a number"),
+        ("router_losses.load_balancing_coef=true", "load_balancing_coef is True, but must be a n"),
         ("freeze=3", "freeze is 3, but must be a list"),
         ("router_losses=3", "router_losses is 3, but must hold key: value pairs"),
         ("router_losses=null", "router_losses is None, but must hold key: value pairs"),
@@ -167,6 +168,29 @@ def test_interpolation_inside_the_file(parse):
         ("router_losses.mask=all", "router_losses.mask is 'all', but must be one of padding, lab"),
         ("router_losses.global_exact=true",
          "router_losses.global_exact goes with router_losses.load_balancing_scope=global"),
+        ("router_losses.load_balancing_form=hf",
+         "load_balancing_form is hf, but router_losses.load_balancing_scope is sequence"),
+        ("router_losses={load_balancing_form: mse, load_balancing_on: kept}",
+         "load_balancing_form is mse, but router_losses.load_balancing_on is kept"),
+        ("router_losses={load_balancing_form: mse, load_balancing_scope: global}",
+         "load_balancing_form is mse on assigned, but router_losses.load_balancing_scope is glob"),
+        ("router_losses={load_balancing_on: kept, load_balancing_scope: global}",
+         "load_balancing_form is switch on kept, but router_losses.load_balancing_scope is glob"),
+        ("router_losses={load_balancing_form: st_moe, load_balancing_scope: global}",
+         "load_balancing_form is st_moe on assigned, but router_losses.load_balancing_scope is g"),
+        ("routing.jitter=gumbel", "routing.jitter is gumbel, but routing.jitter_scale is 0.0"),
+        ("routing.jitter_scale=0.1", "routing.jitter_scale is 0.1, but routing.jitter is none"),
+        ("routing.pad_to_capacity=true", "routing.pad_to_capacity needs a capacity: set routing"),
+        ("expert_bias.rule=quantile", "expert_bias.update_rate is 0.0, but must be above 0 and at"),
+        ("expert_bias={rule: quantile, update_rate: 1.5}",
+         "expert_bias.update_rate is 1.5, but must be above 0 and at most 1 with expert_bias.rule"),
+        ("model={_component_: moe_builders.moe_decoder, load_balancing_coef: 0.1}",
+         "model.load_balancing_coef is given, but modules take no coefficients: these live in "
+         "router_losses and expert_bias, so set router_losses.load_balancing_coef=0.1 instead"),
+        ("model={_component_: moe_builders.a, router: [{aux_loss_coef: 1}]}",
+         "model.router[0].aux_loss_coef is given, but modules take no coefficients"),
+        ("router={_component_: moe_builders.routers.a, z_coef: 1}",
+         "router.z_coef is given, but modules take no coefficients"),
         ("router_losses.z_coef=-1", "router_losses.z_coef is -1.0, but must be at least 0"),
         ("router_losses.load_balancing_coef=nan", "load_balancing_coef is nan, but must be at lea"),
         ("clip_grad_norm=0", "clip_grad_norm is 0.0, but must be above 0 (or null)"),
@@ -182,6 +206,97 @@ def test_interpolation_inside_the_file(parse):
 )  # fmt: skip
 def test_bad_overrides(refusal, override, message):
     assert message in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("router_losses.zcoef", "(did you mean 'z_coef'?); router_losses takes load_balancing_coef,"
+                                " load_balancing_scope, global_exact, load_balancing_form, load_b"),
+        ("router_losses.capacity_factor", "(did you mean 'routing.capacity_factor'?); router_los"),
+        ("routing.drop_policy", "; routing takes capacity_factor, eval_capacity_factor, min_capac"),
+        ("expert_bias.xyz", "unknown key 'expert_bias.xyz' in the config; expert_bias takes "),
+        ("capacity_factor", "(did you mean 'routing.capacity_factor'?)"),
+        ("load_balancing_scope", "(did you mean 'router_losses.load_balancing_scope'?)"),
+        ("moe_token_dispatcher_type", ": what concerns experts stands in router_losses: load_bal"),
+        ("moe_token_dispatcher_type", "; expert_bias: update_rate, rule, recenter; or is an argum"),
+        ("num_experts", "unknown key 'num_experts' in the config: here it is model.num_experts"),
+    ],
+)  # fmt: skip
+def test_unknown_keys_are_told_the_known_ones(refusal, key, message):
+    assert message in refusal(f"{key}=1")
+
+
+def test_a_bias_of_routers_that_do_not_learn(refusal):
+    assert (
+        refusal("expert_bias.update_rate=0.001", "freeze_router=true")
+        == "expert_bias.update_rate is 0.001, but freeze_router keeps the routers as they are: set "
+        "expert_bias.update_rate=0, or freeze_router=false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "read", "value"),
+    [
+        ("router_losses={load_balancing_form: hf, load_balancing_scope: micro, "
+         "load_balancing_on: kept}", lambda c: c.router_losses.load_balancing_form, "hf"),
+        ("router_losses={load_balancing_form: mse, load_balancing_scope: micro}",
+         lambda c: c.router_losses.load_balancing_scope, "micro"),
+        ("router_losses={load_balancing_form: st_moe, load_balancing_on: kept}",
+         lambda c: c.router_losses.load_balancing_on, "kept"),
+        ("expert_bias={rule: quantile, update_rate: 1}", lambda c: c.expert_bias.update_rate, 1.0),
+        ("routing={jitter: gumbel, jitter_scale: 1}", lambda c: c.routing.jitter, "gumbel"),
+        ("routing={pad_to_capacity: true, capacity_factor: 1.5}",
+         lambda c: c.routing.pad_to_capacity, True),
+        ("model={_component_: mine.model, z_coef: 1}", lambda c: c.model["z_coef"], 1),
+    ],
+)  # fmt: skip
+def test_keys_that_go_together(parse, changes, read, value):
+    assert read(parse(changes)) == value
+
+
+BALANCING = ("router_aux_loss_coeff", "router_aux_loss_coef", "aux_loss_coeff", "aux_loss_coef",
+             "moe_aux_loss_coeff", "load_balancing_loss_coef")  # fmt: skip
+Z = ("router_z_loss_coef", "router_z_loss_coeff", "moe_z_loss_coeff")
+BIAS = ("moe_router_bias_update_rate", "gate_bias_update_factor")
+OLD = {
+    **dict.fromkeys(BALANCING, "router_losses.load_balancing_coef"),
+    **dict.fromkeys(Z, "router_losses.z_coef"),
+    **dict.fromkeys(BIAS, "expert_bias.update_rate"),
+}
+
+
+@pytest.mark.parametrize("section", ["", "router_losses.", "expert_bias."])
+@pytest.mark.parametrize("old", OLD)
+def test_old_names_are_understood_with_a_warning(parse, old, section):
+    with pytest.warns(FutureWarning) as told:
+        config = parse(f"{section}{old}=0.25", "output_dir=x", "dataset.source=${output_dir}/y")
+    parent, name = OLD[old].split(".")
+    assert getattr(getattr(config, parent), name) == 0.25
+    assert config == parse(f"{OLD[old]}=0.25", "output_dir=x", "dataset.source=${output_dir}/y")
+    (warning,) = told
+    said = str(warning.message)
+    assert said.startswith(f"{section}{old} is an old name of {OLD[old]}")
+    assert said.endswith(": use that one")
+    assert ("whose loss is 1 where" in said) == (old in BALANCING)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_old_names_beside_others(parse, refusal):
+    config = parse("aux_loss_coef=0.1", "router_losses.z_coef=0.2", "moe_router_bias_update_rate=1")
+    losses = config.router_losses
+    assert (losses.load_balancing_coef, losses.z_coef, config.expert_bias.update_rate) == (
+        0.1, 0.2, 1.0
+    )  # fmt: skip
+    for section in ("", "router_losses."):
+        assert (
+            refusal(f"{section}aux_loss_coef=0.1", "router_losses.load_balancing_coef=0")
+            == f"{section}aux_loss_coef is an old name of router_losses.load_balancing_coef, but "
+            f"that is given too: leave {section}aux_loss_coef out"
+        )
+    assert "is given too" in refusal("aux_loss_coef=0.1", "router_aux_loss_coef=0.1")
+    assert "router_losses is 3, but must hold" in refusal("aux_loss_coef=1", "router_losses=3")
+    assert "load_balancing_coef is -1.0, but must be at least 0" in refusal("aux_loss_coef=-1")
 
 
 @pytest.mark.parametrize(
@@ -276,12 +391,15 @@ class WiderConfig(RecipeConfig):
     """What a copied recipe may add."""
 
     my_key: int = 3
+    aux_loss_coef: float = 0.5
 
 
 def test_a_recipes_own_keys(parse, refusal):
     config = parse("my_key=4", schema=WiderConfig)
     assert isinstance(config, WiderConfig)
     assert (config.my_key, parse(schema=WiderConfig).my_key) == (4, 3)
+    own = parse("aux_loss_coef=0.1", schema=WiderConfig)
+    assert (own.aux_loss_coef, own.router_losses.load_balancing_coef) == (0.1, 0.0), "its own now"
     assert "unknown key 'my_key'" in refusal("my_key=4")
     with pytest.raises(InputError, match="did you mean 'my_key'"):
         parse("my_kye=4", schema=WiderConfig)

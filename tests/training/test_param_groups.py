@@ -75,6 +75,14 @@ def test_a_bias_per_expert_is_a_bias_and_a_router_may_lie_deeper():
     assert frozen == {n for n in small if "router" in n}
 
 
+def test_a_scale_per_expert_is_small():
+    """Decay would pull it from 1 to 0; it has two dims only because it is stacked."""
+    scale = torch.ones(4, 8)
+    assert is_small("layers.0.mlp.experts.hidden_scale", scale)
+    assert is_small("layers.0.mlp.experts.3.hidden_scale", scale[0])
+    assert not is_small("layers.0.mlp.experts.down_proj", scale)
+
+
 def test_the_first_rule_that_matches_wins_and_small_ones_stay_apart(net):
     rules = [
         {"match": "router", "lr": 1e-6},

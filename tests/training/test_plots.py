@@ -69,6 +69,20 @@ def test_colours_are_load_over_the_layers_mean(tmp_path, figures):
     assert [t.get_text() for t in axes.texts[4:8]] == ["dead", "0.50", "1.00", "2.50"]
 
 
+def test_mean_scores_have_a_picture_of_their_own(tmp_path, figures):
+    used = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.7, 0.2, 0.1, 0.0]], dtype=torch.float64)
+    Plots(tmp_path).draw_usage(5, {"x": used, "y": used.flip(0)}, names(2))
+    assert (tmp_path / "usage_step_5.png").stat().st_size > 5_000
+    first, second, bar = figures[0].axes
+    table = first.images[0].get_array()
+    assert table[0].tolist() == [1, 1, 1, 1], "white"
+    assert table[1, :3].tolist() == pytest.approx([2.8, 0.8, 0.4])
+    assert table.mask[1].tolist() == [False, False, False, True]
+    assert first.get_title() == "x\nhighest 2.80, lowest 0.00"
+    assert second.get_title().startswith("y")
+    assert bar.get_ylabel() == "mean score × number of experts (black: 0)"
+
+
 def test_curves(tmp_path, figures):
     drawn = Plots(tmp_path)
     drawn.draw_curves([], [])
