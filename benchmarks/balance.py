@@ -54,7 +54,12 @@ WAYS: dict[str, dict[str, Any]] = {
         "router": {"_component_": f"{ROUTERS}.ExpertChoiceTopKRouter", "capacity_factor": 2.0,
                    "inference": "threshold_ema", "ema_decay": 0.9}},
 }  # fmt: skip
-SHOWN = ("val_loss", "val_max_violation", "max_violation", "drop_rate", "dead_experts")
+SHOWN = {  # of a run's end: the last validation, and the last steps' mean
+    "val_loss": "held out [nats per token]", "val_max_violation": "max_violation there",
+    "max_violation": "max_violation in training", "drop_rate": "dropped",
+    "dead_experts": "dead experts",
+}  # fmt: skip
+KEPT = ("step", "loss", "balance", *SHOWN)
 
 
 def run_config(data: Path, output: Path, args: argparse.Namespace, way: str) -> Any:
@@ -83,14 +88,18 @@ def run_config(data: Path, output: Path, args: argparse.Namespace, way: str) -> 
         "router_losses": {"z_coef": 0.001},
         "device": "cpu",
     }  # fmt: skip
-    return check_config(OmegaConf.create(OmegaConf.merge(common, WAYS[way])))  # pyright: ignore
+    return check_config(OmegaConf.merge(common, WAYS[way]))  # pyright: ignore
 
 
 def measure(way: str, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one way; its curves."""
     with tempfile.TemporaryDirectory() as folder:
         trained = recipe.main(run_config(data, Path(folder) / "run", args, way))
-    return {"history": trained.history, "validations": trained.validations}
+    curves = {"history": trained.history, "validations": trained.validations}
+    return {
+        name: [{key: round(v[key], 5) for key in KEPT if key in v} for v in values]
+        for name, values in curves.items()
+    }
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:
@@ -105,7 +114,7 @@ def summary(found: dict[str, Any]) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown, a row a way."""
-    lines = ["| way | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+    lines = ["| way | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
     for way, found in results.items():
         values = summary(found)
         lines.append(f"| {way} | " + " | ".join(f"{values[name]:.3f}" for name in SHOWN) + " |")
@@ -132,7 +141,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.set(title="held out", xlabel="step", ylabel="nats per token", ylim=(None, 7.2))
     right.set(title="training: worst layer's max_violation", xlabel="step",
               ylabel="max load / mean load − 1 (0 = balanced), running mean")  # fmt: skip
-    right.set_yscale("symlog", linthresh=0.1)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

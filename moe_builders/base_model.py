@@ -63,6 +63,11 @@ class BaseModel:
         if self.source is None:
             return _notes_on_router(self.folder, self.router)
         notes, quantised = [], self.source.is_quantized
+        if self.router is not None:
+            notes.append(
+                f"every layer routes with {self.router['_component_']}, which the layout of "
+                f"{self.folder} cannot say: other programs route the export as its config.json does"
+            )
         if quantised:
             notes.append(
                 f"{self.folder} is quantised: it is trained, and exported, as if it were in bf16"
@@ -255,7 +260,8 @@ def _notes_on_router(folder: str | None, router: Mapping[str, Any] | None) -> li
     """Routers with the same tensors load into each other: that it is another one must be said."""
     if folder is None or saved_router(folder) == router:
         return []
-    return [f"{folder} was saved with router {saved_router(folder)}; this run has {router}"]
+    before, now = (given or "the model's own" for given in (saved_router(folder), router))
+    return [f"{folder} was saved with router {before}; this run has {now}"]
 
 
 def _check_same_tensors(before: set[str], after: set[str], folder: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_builders.errors import InputError
-from moe_builders.routing import Routing, expert_of_rows
+from moe_builders.ops.permute import expert_of_rows
+from moe_builders.routing import Routing
 
 Counted = Literal["assigned", "kept"]
 Choices = Literal["all", "first"]

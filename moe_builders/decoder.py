@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 
 from moe_builders.errors import InputError
-from moe_builders.moe import MoE
+from moe_builders.moe import moe_layers
 from moe_builders.routing import TokenInfo
 
 LayerBuilder = nn.Module | Callable[[int], nn.Module]
@@ -39,7 +39,7 @@ class MoEDecoderLayer(TransformerSelfAttentionLayer):
         if name == "mlp":
             mlp = getattr(value, "_orig_mod", value)  # inside what torch.compile(mlp) returns
             self.mlp_takes_info = "info" in inspect.signature(mlp.forward).parameters
-            if not self.mlp_takes_info and any(isinstance(m, MoE) for m in mlp.modules()):
+            if not self.mlp_takes_info and any(moe_layers(mlp)):
                 raise InputError(
                     f"the mlp {type(mlp).__name__} holds a MoE, but its forward does not take "
                     "info, which says which tokens are real: give it that argument and hand it on"
@@ -261,12 +261,12 @@ def _keep_last_routing(layer: nn.Module) -> Iterator[None]:
     Recomputation is no forward of its own: its routing would stand there as the last one and hold
     on to all that was recomputed, which checkpointing is to save.
     """
-    kept = [(module, module.last_routing) for module in layer.modules() if isinstance(module, MoE)]
+    kept = [(moe, moe.last_routing) for _, moe in moe_layers(layer)]
     try:
         yield
     finally:
-        for module, routing in kept:
-            module.last_routing = routing
+        for moe, routing in kept:
+            moe.last_routing = routing
 
 
 def _build(builder: LayerBuilder, number: int) -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
-from moe_builders.experts import GroupedExperts
-from moe_builders.moe import MoE
+from moe_builders.experts.grouped import GroupedExperts
+from moe_builders.moe import moe_layers
 
 
 class OffloadedExperts(nn.Module):
@@ -129,7 +129,7 @@ def offload_experts(model: nn.Module, *, cache_size: int, device: torch.device |
         InputError: no MoE layer, or one whose experts are no ``GroupedExperts``; nothing has been
             changed then.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    layers = dict(moe_layers(model))
     if not layers:
         raise InputError(f"a {type(model).__name__} without a MoE layer has no experts to offload")
     for name, layer in layers.items():

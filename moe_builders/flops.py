@@ -13,8 +13,8 @@ from torch import nn
 from torchtune.modules import TiedLinear
 
 from moe_builders.errors import InputError
-from moe_builders.experts import GroupedExperts
-from moe_builders.moe import MoE
+from moe_builders.experts.grouped import GroupedExperts
+from moe_builders.moe import moe_layers
 
 # Dense bf16 products with fp32 sums [TFLOP/s], by the name that torch.cuda.get_device_name gives.
 # Vendors print twice the number for sparse matrices where they can; it is halved here.
@@ -187,10 +187,9 @@ def _per_pair(attention: Any) -> float:
 def _expert_shares(model: nn.Module) -> dict[str, float]:
     """Of each MoE's experts (by module name): the share that one token uses, k / e."""
     return {
-        f"{name}.experts" if name else "experts": experts_per_token(module.router)
-        / module.router.num_experts
-        for name, module in model.named_modules()
-        if isinstance(module, MoE)
+        f"{name}.experts" if name else "experts": experts_per_token(moe.router)
+        / moe.router.num_experts
+        for name, moe in moe_layers(model)
     }
 
 

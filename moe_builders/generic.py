@@ -6,6 +6,7 @@ Released models have builders of their own in ``families``.
 import copy
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from moe_builders.attention.gqa import GroupedQueryAttention
@@ -15,7 +16,7 @@ from moe_builders.errors import InputError
 from moe_builders.moe import moe_layer, shared_experts
 from moe_builders.ops.activations import Activation
 from moe_builders.routers.capacity import Capacity
-from moe_builders.routers.token_choice import ScoreFunction
+from moe_builders.routers.scores import ScoreFunction
 from moe_builders.routing import Router
 
 
@@ -78,15 +79,18 @@ def moe_transformer(
         intermediate_dim: width of dense layers.
 
     Raises:
-        InputError: dense layers without intermediate_dim, or a number out of its range.
+        InputError: dense layers without intermediate_dim, a router that is none or takes another
+            embed_dim, or a number out of its range.
 
     Source: the decoder of Mixtral (2401.04088) with Qwen3's norms; pattern: ST-MoE (2202.08906).
     """
     if moe_every_n_layers < 1:
         raise InputError(f"moe_every_n_layers is {moe_every_n_layers}, but must be at least 1")
+    if outside := sorted(n for n in dense_layers if not 0 <= n < num_layers):
+        raise InputError(f"dense_layers holds {outside}, but layers are 0 to {num_layers - 1}")
     dense = {n for n in range(num_layers) if (n + 1) % moe_every_n_layers} | set(dense_layers)
     if dense and intermediate_dim is None:
-        raise InputError(f"layers {sorted(dense)} are dense, but intermediate_dim is not set")
+        raise InputError(f"layers {sorted(dense)} are dense: give intermediate_dim, their width")
     if head_dim is None and embed_dim % num_heads:
         raise InputError(f"num_heads is {num_heads}, but must divide embed_dim ({embed_dim})")
     width = embed_dim // num_heads if head_dim is None else head_dim
@@ -143,6 +147,11 @@ def _router_of_layer(router: Router | Callable[[int], Router] | None, layer: int
     if router is None:
         return None
     if not hasattr(router, "num_experts"):
+        if not callable(router):
+            raise InputError(
+                f"router is {router!r}, but must be a router, or a function that gives one for a "
+                "layer's number: in a config {_component_: package.Name, ...}"
+            )
         made: Router = router(layer)  # pyright: ignore
         return made
     own: Router = copy.deepcopy(router)  # pyright: ignore[reportAssignmentType]
@@ -150,5 +159,12 @@ def _router_of_layer(router: Router | Callable[[int], Router] | None, layer: int
         for module in own.modules():
             draw = getattr(module, "reset_parameters", None)
             if draw is not None:
+                bias = getattr(module, "bias", None)
+                kept = None if bias is None else bias.detach().clone()
                 draw()
+                if (
+                    bias is not None and kept is not None
+                ):  # biases that a router sets to 0 stay there
+                    with torch.no_grad():
+                        bias.copy_(kept)
     return own

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
-from moe_builders.expert_list import ExpertList
-from moe_builders.expert_stacking import common_kind, stacked_parts
+from moe_builders.experts.expert_list import ExpertList
+from moe_builders.experts.stacking import common_kind, stacked_parts
 
 
 def initial_value(name: str, like: Tensor, *, seed: int, std: float = 0.02) -> Tensor:

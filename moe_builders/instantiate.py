@@ -55,7 +55,12 @@ def component_of(node: Any, *, path: str) -> Callable[..., Any]:
         InputError: see ``instantiate``.
     """
     if not isinstance(node, Mapping) or "_component_" not in node:
-        raise InputError(f"{path} needs a _component_: the dotted path of what to build")
+        shown = ""
+        if isinstance(node, str):
+            shown = f", here {path}: {{_component_: {node}}}"
+        elif isinstance(node, Mapping) and any(str(k).startswith("_component_:") for k in node):
+            shown = " (YAML wants a blank after the colon, {_component_: NAME})"
+        raise InputError(f"{path} needs a _component_: the dotted path of what to build{shown}")
     return find_component(node["_component_"], path=f"{path}._component_")
 
 
@@ -87,7 +92,7 @@ def find_component(name: Any, *, path: str) -> Callable[..., Any]:
     if found is None:
         raise InputError(
             f"{path} is {name!r}, but {module_name} has no {attribute!r}"
-            f"{did_you_mean(attribute, dir(module))}"
+            f"{did_you_mean(attribute, _members(module))}"
         )
     if not callable(found):
         raise InputError(f"{path} is {name!r}, which cannot be called")
@@ -124,6 +129,12 @@ def _remedy(name: str, error: ModuleNotFoundError, path: str) -> str:
     if find_spec(package) is not None:
         return ""
     return f": install the package that has it, or start where {package}.py is"
+
+
+def _members(module: Any) -> list[str]:
+    """Names in a module or class but for modules; what is not loaded yet is not loaded."""
+    loaded = getattr(module, "__dict__", {})
+    return [n for n in dir(module) if not isinstance(loaded.get(n), types.ModuleType)]
 
 
 def _attribute_path(name: str) -> Any:

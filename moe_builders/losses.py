@@ -205,17 +205,17 @@ def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
     """
     if loss.dim() != 0:
         raise InputError(f"a loss to attach must be a scalar, but its shape is {[*loss.shape]}")
-    return _Attach.apply(tensor, loss)  # pyright: ignore[reportReturnType]
+    return _Attach.apply(tensor, loss)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx, tensor: Tensor, loss: Tensor) -> Tensor:
         ctx.like = {"dtype": loss.dtype, "device": loss.device}
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+    def backward(ctx, grad: Tensor):
         return grad, torch.ones((), **ctx.like)
 
 

@@ -3,17 +3,18 @@
 Letters: b batch · s sequence · t = b·s tokens · d dim · a assignments · e num_experts.
 """
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
-from moe_builders.expert_builders import latent_projection, moe_experts, shared_experts
+from moe_builders.experts.builders import latent_projection, moe_experts, shared_experts
 from moe_builders.ops.activations import Activation
 from moe_builders.ops.permute import combine_rows, gather_rows
 from moe_builders.routers.capacity import Capacity
-from moe_builders.routers.gate import JitterKind
+from moe_builders.routers.gate import JitterKind, check_gate
 from moe_builders.routers.scores import ScoreFunction, WeightsFrom
 from moe_builders.routers.token_choice import TokenChoiceTopKRouter
 from moe_builders.routing import Router, Routing, TokenInfo
@@ -38,7 +39,7 @@ class MoE(nn.Module):
 
     Raises:
         InputError: unknown score_position, a shared_gate without shared_experts, one half of a
-            latent space, or a router for another number of experts.
+            latent space, a capacity that is none, or a router for another number of experts.
     """
 
     def __init__(
@@ -61,6 +62,11 @@ class MoE(nn.Module):
             )
         if shared_gate is not None and shared_experts is None:
             raise InputError("shared_gate is given, but there are no shared_experts to gate")
+        if capacity is not None and not isinstance(capacity, Capacity):
+            raise InputError(
+                f"capacity is {capacity!r}, but must be a Capacity: in a config {{_component_: "
+                "moe_builders.routers.capacity.Capacity, factor: 1.25}"
+            )
         if (latent_down is None) != (latent_up is None):
             raise InputError("latent_down and latent_up go together: give both or none")
         served, there = getattr(router, "num_experts", None), getattr(experts, "num_experts", None)
@@ -115,6 +121,9 @@ class MoE(nn.Module):
         row_weights = output_weights = None
         if self.score_position == "before":
             rows = rows * weights[:, None].to(rows.dtype)
+            if routing.slot_of is None and routing.input_weights is not None:
+                # a row in excess (``Capacity.pad``) is 0, but an expert with biases answers
+                output_weights = (routing.input_weights != 0).to(weights.dtype)
         elif self.score_position == "mid":
             row_weights = weights
         else:
@@ -129,6 +138,13 @@ class MoE(nn.Module):
         return out if mask is None else torch.where(mask[:, None], out, 0)  # a bias has no mask
 
 
+def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
+    """(module name, layer) of every MoE, in layer order."""
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            yield name, module
+
+
 def collect_routing(model: nn.Module) -> dict[str, Routing]:
     """The routing of each MoE layer's last forward, by module name, in layer order.
 
@@ -136,18 +152,16 @@ def collect_routing(model: nn.Module) -> dict[str, Routing]:
         InputError: a layer has not run yet.
     """
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            if module.last_routing is None:
-                raise InputError(f"{name} has not routed anything yet: run a forward first")
-            found[name] = module.last_routing
+    for name, layer in moe_layers(model):
+        if layer.last_routing is None:
+            raise InputError(f"{name} has not routed anything yet: run a forward first")
+        found[name] = layer.last_routing
     return found
 
 
 def moe_layer_names(model: nn.Module) -> list[str]:
     """What ``collect_routing`` calls each layer, without the mlp slot's name: "layers.3"."""
-    names = (name for name, module in model.named_modules() if isinstance(module, MoE))
-    return [name.removesuffix(".mlp") for name in names]
+    return [name.removesuffix(".mlp") for name, _ in moe_layers(model)]
 
 
 def moe_layer(
@@ -232,6 +246,8 @@ def moe_layer(
         raise InputError(
             f"the router serves {router.num_experts} experts, but num_experts is {num_experts}"
         )
+    else:
+        check_gate(router, embed_dim)
     shared = None
     if shared_hidden_dim is not None:
         shared = shared_experts(

@@ -3,27 +3,34 @@
 Letters: e num_experts · n numbers that routers tally.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_builders import routers
 from moe_builders.decoder import MoEDecoder
 from moe_builders.errors import InputError
 from moe_builders.instantiate import component_of, instantiate, signature_of
-from moe_builders.moe import MoE
+from moe_builders.moe import MoE, moe_layers
 from moe_builders.routers.bias import BiasRule, check_bias_rule
 from moe_builders.routers.capacity import Capacity
-from moe_builders.routers.gate import Jitter
+from moe_builders.routers.expert_choice import ExpertChoiceTopKRouter
+from moe_builders.routers.gate import Jitter, check_gate
 from moe_builders.routing import LearningRouter
 
 
-def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
-    """(name, layer) of every MoE, in layer order."""
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            yield name, module
+def find_router(component: Mapping[str, Any] | None) -> None:
+    """Look for a router component before any work is done; None is fine.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if component is not None:
+        _check_name(component)
+        component_of(component, path="router")
 
 
 def replace_routers(model: MoEDecoder, component: Mapping[str, Any]) -> None:
@@ -43,6 +50,7 @@ def replace_routers(model: MoEDecoder, component: Mapping[str, Any]) -> None:
     layers = list(moe_layers(model))
     if not layers:
         raise InputError("router is set, but the model has no MoE layer: leave router out")
+    find_router(component)
     signature = signature_of(component_of(component, path="router"))
     takes = set() if signature is None else set(signature.parameters)
     weight = model.tok_embeddings.weight
@@ -61,12 +69,34 @@ def replace_routers(model: MoEDecoder, component: Mapping[str, Any]) -> None:
         with weight.device:
             router: Any = instantiate(component, path="router", **fill)
         there, wanted = getattr(router, "num_experts", None), layer.router.num_experts
-        if not hasattr(router, "forward") or there != wanted:
+        if not hasattr(router, "forward") or there is None:
+            raise InputError(
+                f"router._component_ built a {type(router).__name__}, which is no router: a router "
+                "has num_experts and forward(x, info), as those of moe_builders.routers"
+            )
+        if there != wanted:
             raise InputError(
                 f"router._component_ built a {type(router).__name__} for {there} experts, but "
                 f"{name} has {wanted}: leave num_experts out and it is filled in"
             )
+        check_gate(router, known["dim"])
         layer.router = router
+
+
+def _check_name(component: Any) -> None:
+    """A class's name alone, as one would type it, gets the dotted path of the nearest router."""
+    name = component.get("_component_") if isinstance(component, Mapping) else None
+    if not isinstance(name, str) or "." in name:
+        return
+    known = {kind.lower(): kind for kind in routers.__all__}
+    typed = name.lower().replace("_", "")
+    near = get_close_matches(typed, known, n=1) or get_close_matches(
+        f"{typed}router", known, n=1, cutoff=0.8
+    )
+    raise InputError(
+        f"router._component_ is {name!r}, but must be a dotted path, such as "
+        f"moe_builders.routers.{known[near[0]] if near else 'TokenChoiceTopKRouter'}"
+    )
 
 
 def control_routers(
@@ -93,10 +123,24 @@ def control_routers(
             drop=routing["drop"],
             pad=routing["pad_to_capacity"],
         )
-        for _, layer in moe_layers(model):
+        for name, layer in moe_layers(model):
+            _check_choices(name, layer, routing)
             layer.capacity = capacity
     if expert_bias["update_rate"] > 0:
         set_bias_rule(model, BiasRule(**expert_bias))
+
+
+def _check_choices(name: str, layer: MoE, routing: Mapping[str, Any]) -> None:
+    """A limit drops choices of tokens; where experts choose there are none to drop."""
+    if isinstance(layer.router, ExpertChoiceTopKRouter):
+        key = (
+            "capacity_factor" if routing["capacity_factor"] is not None else "eval_capacity_factor"
+        )
+        raise InputError(
+            f"routing.{key} is {routing[key]}, but in {name} experts choose tokens "
+            f"(ExpertChoiceTopKRouter), whose own capacity_factor says how many: set "
+            f"routing.{key}=null"
+        )
 
 
 def set_jitter(model: nn.Module, jitter: Jitter) -> None:
@@ -106,12 +150,13 @@ def set_jitter(model: nn.Module, jitter: Jitter) -> None:
         InputError: a router that has no place for noise.
     """
     for name, layer in moe_layers(model):
-        if not hasattr(layer.router, "jitter"):
+        router: Any = layer.router
+        if not hasattr(router, "jitter"):
             raise InputError(
                 f"routing.jitter is {jitter.kind}, but the router of {name} "
-                f"({type(layer.router).__name__}) takes no noise: set routing.jitter=none"
+                f"({type(router).__name__}) takes no noise: set routing.jitter=none"
             )
-        layer.router.jitter = jitter  # pyright: ignore[reportAttributeAccessIssue]
+        router.jitter = jitter
 
 
 def set_bias_rule(model: nn.Module, rule: BiasRule) -> None:
@@ -134,10 +179,14 @@ def set_bias_rule(model: nn.Module, rule: BiasRule) -> None:
 
 def tally_routers(model: nn.Module) -> Tensor:
     """[n] fp64, what routers want added up of their last forward; n = 0 where none learns so."""
+    routed = [(layer.router, layer.last_routing) for _, layer in moe_layers(model)]
     tallies = [
-        layer.router.tally(layer.last_routing)
-        for _, layer in moe_layers(model)
-        if isinstance(layer.router, LearningRouter) and layer.last_routing is not None
+        # nothing, but on the device that the others are on
+        router.tally(routing)
+        if isinstance(router, LearningRouter)
+        else routing.logits.new_zeros(0, dtype=torch.float64)
+        for router, routing in routed
+        if routing is not None
     ]
     return torch.cat(tallies) if tallies else torch.zeros(0, dtype=torch.float64)
 

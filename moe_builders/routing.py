@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-from moe_builders.ops.permute import sort_by_expert
+from moe_builders.ops.permute import expert_of_rows, sort_by_expert
 
 # a module named router inside a layer, at any depth: sharded, stored, decayed by rules of its own
 ROUTER_MODULE = re.compile(r"layers\.\d+\.(.+\.)?router")
@@ -185,13 +185,6 @@ def dense_weights(routing: Routing) -> Tensor:
     place = routing.token_index * (e + 1) + expert  # column e: dead rows
     flat = routing.weights.new_zeros(t * (e + 1)).index_add(0, place, routing.weights)
     return flat.view(t, e + 1)[:, :e]
-
-
-def expert_of_rows(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
-    """[a] int, the expert of each sorted row; e (one past the last) for dead rows."""
-    ends = num_tokens_per_expert.cumsum(0)  # [e]
-    rows = torch.arange(num_rows, device=ends.device)
-    return torch.searchsorted(ends, rows, right=True)
 
 
 def check_routing(routing: Routing) -> None:

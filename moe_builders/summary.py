@@ -3,7 +3,6 @@
 Letters: e num_experts · k experts_per_token · d dim · h hidden_dim of an expert.
 """
 
-import copy
 import re
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from moe_builders.errors import InputError
 from moe_builders.flops import count_parameters, experts_per_token, model_flops
-from moe_builders.moe import MoE
+from moe_builders.moe import MoE, moe_layers
 from moe_builders.moe_size import MoESize
 from moe_builders.routers.capacity import Capacity
 
@@ -93,16 +92,17 @@ def is_causal(moe: MoE, *, training: bool) -> bool | None:
 
     A limit of tokens per expert keeps that only where earlier tokens take their slots first.
     """
-    capacity = moe.capacity
-    if capacity is not None and _limit(capacity, training=training) is not None:
-        earlier_first = capacity.drop == "position" and capacity.slot_order == "token_major"
-        if not earlier_first:
-            return False
+    if moe.capacity is not None and not moe.capacity.causal(training=training):
+        return False
     router: Any = moe.router
-    if isinstance(router, nn.Module):
-        router = copy.copy(router)  # the switch is thrown in a shallow copy: the model stays
-        router.training = training
-    return getattr(router, "causal", None)
+    if not isinstance(router, nn.Module):
+        return getattr(router, "causal", None)
+    before = router.training
+    router.training = training  # its own switch alone: train() may refuse, and a copy FSDP refuses
+    try:
+        return getattr(router, "causal", None)
+    finally:
+        router.training = before
 
 
 def _notes(moe: MoE) -> list[str]:
@@ -123,30 +123,37 @@ def _notes(moe: MoE) -> list[str]:
     if strategy == "sinkhorn":
         notes.append("Sinkhorn in training only: evaluation takes the best softmax scores")
     for training, mode in ((True, "training"), (False, "evaluation")):
-        factor = _limit(moe.capacity, training=training)
-        if factor is not None:
-            assert moe.capacity is not None
+        limit = _limit(moe, training=training)
+        if limit is not None:
             notes.append(
-                f"{mode} drops what an expert gets above {factor:g} times the mean load "
-                f"(by {moe.capacity.drop}); a dropped token has the residual alone"
+                f"{mode} drops what an expert gets above {limit[0]:g} times the mean load "
+                f"(by {limit[1]}); a dropped token has the residual alone"
             )
     if getattr(moe.router, "balances_itself", False):
         notes.append(f"{kind} balances by itself: a balancing loss would fight it")
     return notes
 
 
-def _limit(capacity: Capacity | None, *, training: bool) -> float | None:
-    """The capacity factor of a mode; None: nothing is dropped."""
-    if capacity is None:
-        return None
-    return capacity.factor if training else capacity.eval_factor
+def _limit(moe: MoE, *, training: bool) -> tuple[float, str] | None:
+    """A mode's tightest limit in times the mean load, and its drop policy; None: there is none.
+
+    A router may have a ``Capacity`` of its own besides the layer's.
+    """
+    limits = []
+    for capacity in (moe.capacity, getattr(moe.router, "capacity", None)):
+        if isinstance(capacity, Capacity):
+            factor = capacity.factor if training else capacity.eval_factor
+            choices = 1 if capacity.share_of == "choices" else experts_per_token(moe.router)
+            if factor is not None:
+                limits.append((factor / choices, str(capacity.drop)))
+    return min(limits, default=None)
 
 
 def _mlps(model: Any) -> list[tuple[str, nn.Module]]:
     """What stands in each layer's mlp slot; the MoE inside it where there is one."""
     found = []
     for number, layer in enumerate(model.layers):
-        inside = [(name, m) for name, m in layer.named_modules() if isinstance(m, MoE)]
+        inside = list(moe_layers(layer))
         at = f"layers.{number}"
         if not inside:
             found.append((at, layer.mlp))
@@ -163,7 +170,7 @@ def _moe_layers(model: nn.Module) -> list[tuple[str, MoE]]:
 def _cells(mlp: nn.Module) -> tuple[str, ...]:
     if not isinstance(mlp, MoE):
         return ("dense", "", "", _width(mlp), "", "", "", "")
-    limits = [_limit(mlp.capacity, training=training) for training in (True, False)]
+    limits = [_limit(mlp, training=training) for training in (True, False)]
     told = [is_causal(mlp, training=training) for training in (True, False)]
     return (
         strategy_of(mlp.router),
@@ -176,8 +183,8 @@ def _cells(mlp: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _factor(limit: float | None) -> str:
-    return "none" if limit is None else f"{limit:g}"
+def _factor(limit: tuple[float, str] | None) -> str:
+    return "none" if limit is None else f"{limit[0]:g}"
 
 
 def _told(size: MoESize, experts: nn.Module) -> str:

@@ -37,8 +37,14 @@ from moe_builders.parallel.grad_norm import GradNorm, clip_gradients
 from moe_builders.parallel.launch import launch
 from moe_builders.parallel.sharding import needs_sharding, shard_model
 from moe_builders.parallel.world import World, open_world
-from moe_builders.router_control import control_routers, tally_routers, teach_routers
+from moe_builders.router_control import (
+    control_routers,
+    find_router,
+    tally_routers,
+    teach_routers,
+)
 from moe_builders.routing import Routing
+from moe_builders.summary import describe_routing
 from moe_builders.training.compiling import compile_layers
 from moe_builders.training.config import DTYPES, RecipeConfig, parse_command_line
 from moe_builders.training.finite_watch import FiniteWatch, Watched, watch_output
@@ -61,6 +67,7 @@ from moe_builders.training.param_groups import freeze, learning_rates
 from moe_builders.training.plots import Plots
 from moe_builders.training.profiling import StepProfiler
 from moe_builders.training.reporting import Reporter, peak_memory
+from moe_builders.training.rng import rewound_noise
 from moe_builders.training.run_files import start_run_folder
 from moe_builders.training.stepping import Stepper, build_stepper
 from moe_builders.training.stopping import catch_stop_signals, due, should_stop_early
@@ -88,9 +95,9 @@ def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> 
         router=config.router,
     )
     check_fits(base.model, max_seq_len=config.max_seq_len)
+    freeze(base.model, config.freeze, freeze_router=config.freeze_router)
     control_routers(base.model, asdict(config.routing), asdict(config.expert_bias))
     check_balancing(base.model, load_balancing_coef=config.router_losses.load_balancing_coef)
-    freeze(base.model, config.freeze, freeze_router=config.freeze_router)
     base.model.activation_checkpointing = config.enable_activation_checkpointing
     base.model.kept_activations = activation_offloading(config.enable_activation_offloading)
     if config.compile:
@@ -158,7 +165,7 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 def step_counts(model: nn.Module, step: list[Batch], config: RecipeConfig, world: World) -> Tensor:
     """[l, e] assignments of the whole step, from one more forward without gradients."""
     total = torch.zeros((), dtype=torch.int64, device=world.device)
-    with torch.no_grad():
+    with torch.no_grad(), rewound_noise(world.device):
         for batch in step:
             forward(model, batch)
             total = total + layer_counts(loss_routings(model, batch, config))
@@ -252,6 +259,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
     """Prepare everything, train, validate, save."""
     output = Path(config.output_dir)
     check_paths(output, base_model=config.base_model)
+    find_router(config.router)
     plots = Plots(output / "plots") if config.plots else None
     require_gpu(
         world.device,
@@ -312,7 +320,8 @@ def run(config: RecipeConfig, world: World) -> Trained:
     # closed also when a step fails: the bar must not swallow the message
     with profiler, closing(reporter), catch_stop_signals() as request:
         reporter.say(
-            *kept.notes, *loader.notes, *base.notes, *describe_unquantized(optimizer, model),
+            *kept.notes, *loader.notes, *base.notes, *describe_routing(model),
+            *describe_unquantized(optimizer, model),
             *describe_schedule(config.lr_scheduler, num_steps=num_steps),
         )  # fmt: skip
         if number == 0 or due(number, config.run_val_every_n_steps):

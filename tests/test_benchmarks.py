@@ -1,5 +1,6 @@
 """The benchmark runs, measures equal work, and keeps every timing."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import balance  # noqa: E402
 import import_cost  # noqa: E402
 import measuring  # noqa: E402
 import train_step  # noqa: E402
@@ -115,3 +117,33 @@ def test_an_export_that_differs_is_seen(tmp_path):
     assert not import_cost.same_bytes(tmp_path / "a", tmp_path / "c")
     (tmp_path / "b" / "y.safetensors").write_bytes(b"")
     assert not import_cost.same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+def test_every_way_of_balancing_is_a_configuration_of_its_own(tmp_path):
+    args = argparse.Namespace(rows=2, steps=3, seed=0, every=1)
+    configs = {way: balance.run_config(tmp_path, tmp_path / "out", args, way)
+               for way in balance.WAYS}  # fmt: skip
+    for way, config in configs.items():
+        same = [name for name, other in configs.items() if other == config]
+        assert same == [way]
+        assert config.dataset == configs["none"].dataset
+        assert config.optimizer == configs["none"].optimizer
+    assert configs["none"].router_losses.load_balancing_coef == 0
+
+
+def test_the_end_of_a_run_by_hand():
+    steps = [{"max_violation": float(n), "drop_rate": 0.0, "dead_experts": 2.0} for n in range(20)]
+    ends = [{"val_loss": 5.0, "val_max_violation": 0.5}, {"val_loss": 4.5, "val_max_violation": 1}]
+    found = {"history": steps, "validations": ends}
+    assert balance.summary(found) == {"val_loss": 4.5, "val_max_violation": 1,
+                                      "max_violation": 18.5, "drop_rate": 0,
+                                      "dead_experts": 2}  # fmt: skip
+    assert balance.table({"none": found}).splitlines()[-1] == (
+        "| none | 4.500 | 1.000 | 18.500 | 0.000 | 2.000 |"
+    )
+
+
+def test_the_page_on_balancing_shows_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks/results/balance_cpu.json").read_text())
+    assert list(measured["runs"]) == list(balance.WAYS)
+    assert balance.table(measured["runs"]) in (ROOT / "docs/balancing.md").read_text()

@@ -9,9 +9,9 @@ from helpers_decoder import D, batch, decoder_of
 from torch import nn
 
 from moe_builders.errors import InputError
-from moe_builders.expert_list import ExpertList
 from moe_builders.expert_offload import OffloadedExperts, offload_experts
 from moe_builders.experts import GroupedExperts
+from moe_builders.experts.expert_list import ExpertList
 from moe_builders.moe import MoE, moe_layer
 
 CPU = torch.device("cpu")

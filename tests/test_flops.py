@@ -7,14 +7,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_builders import experts
 from moe_builders.attention import mla
 from moe_builders.attention.gqa import GroupedQueryAttention
 from moe_builders.attention.mla import MultiHeadLatentAttention
 from moe_builders.data.batch import collate
 from moe_builders.errors import InputError
-from moe_builders.expert_list import ExpertList, ExpertNetwork
-from moe_builders.experts import GroupedExperts
+from moe_builders.experts import GroupedExperts, grouped
+from moe_builders.experts.expert_list import ExpertList, ExpertNetwork
 from moe_builders.families import qwen3_moe
 from moe_builders.flops import count_parameters, known_peak_tflops, model_flops
 from moe_builders.moe import MoE, moe_layer
@@ -114,7 +113,7 @@ def counted(model, *, backward):
 def test_torchs_counter_counts_the_same(name, plain, monkeypatch):
     """Exactly, once told that the math kernel computes all s·s pairs and not the causal ones."""
     if plain:
-        monkeypatch.setattr(experts, "grouped_mm", plain_grouped_mm)
+        monkeypatch.setattr(grouped, "grouped_mm", plain_grouped_mm)
     # zeros that a CPU's fused kernel is given are no work of the model's
     monkeypatch.setattr(mla, "equal_widths", lambda *tensors: tensors)
     model = decoder_of(**MODELS[name])

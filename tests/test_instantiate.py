@@ -82,9 +82,22 @@ def refusal(tree, *args, path="model"):
     return message
 
 
-@pytest.mark.parametrize("tree", [None, 3, "torch.optim.AdamW", {}, {"lr": 1}, ["a"]])
-def test_no_component(tree):
-    assert refusal(tree) == "model needs a _component_: the dotted path of what to build"
+@pytest.mark.parametrize(
+    ("tree", "shown"),
+    [
+        *((tree, "") for tree in (None, 3, {}, {"lr": 1}, ["a"])),
+        ("torch.optim.AdamW", ", here model: {_component_: torch.optim.AdamW}"),
+        ({"_component_:a.b": None}, " (YAML wants a blank after the colon, {_component_: NAME})"),
+    ],
+)
+def test_no_component(tree, shown):
+    start = "model needs a _component_: the dotted path of what to build"
+    assert refusal(tree) == start + shown
+
+
+def test_a_submodule_is_not_what_was_meant():
+    message = refusal({"_component_": "moe_builders.routers.Sinkhorn"})
+    assert message.endswith("(did you mean 'SinkhornRouter'?)")
 
 
 @pytest.mark.parametrize(

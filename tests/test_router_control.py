@@ -10,10 +10,9 @@ from torch import nn
 from moe_builders.errors import InputError
 from moe_builders.families.qwen3_moe import qwen3_moe_tiny
 from moe_builders.generic import moe_transformer
-from moe_builders.moe import collect_routing
+from moe_builders.moe import collect_routing, moe_layers
 from moe_builders.router_control import (
     control_routers,
-    moe_layers,
     replace_routers,
     tally_routers,
     teach_routers,
@@ -72,7 +71,15 @@ def test_a_router_on_the_meta_device_stays_there():
     [
         ({"_component_": "moe_builders.routers.TokenChoiceTopKRouter", "num_experts": 4},
          r"built a TokenChoiceTopKRouter for 4 experts, but layers.0.mlp has 8: leave num_experts"),
-        ({"_component_": "torch.nn.Identity"}, r"built a Identity for None experts"),
+        ({"_component_": "torch.nn.Identity"}, r"built a Identity, which is no router: a rou"),
+        ({"_component_": "SinkhornRouter"}, r"path, such as moe_builders.routers.SinkhornRouter$"),
+        ({"_component_": "sinkhorn"}, r"path, such as moe_builders.routers.SinkhornRouter$"),
+        ({"_component_": "expert_choice"}, r"such as moe_builders.routers.ExpertChoiceTopKRouter$"),
+        ({"_component_": "xyz"}, r"such as moe_builders.routers.TokenChoiceTopKRouter$"),
+        ({"_component_": "moe_builders.routers.Sinkhorn"}, r"did you mean 'SinkhornRouter'"),
+        ({"_component_": "moe_builders.routers.SinkhornRouter", "dim": 7},
+         r"the SinkhornRouter's dim is 7, but its tokens have \d+: give it dim="),
+        ("moe_builders.routers.HashRouter", r"here router: {_component_: moe_builders.routers.Ha"),
         ({"_component_": "moe_builders.routers.Nothing"}, r"router._component_ is"),
         ({"_component_": "moe_builders.routers.TokenChoiceTopKRouter", "topk": 2},
          r"unknown key router.topk"),
@@ -125,6 +132,15 @@ def test_capacity_holds_in_every_layer_in_training_and_not_in_evaluation():
         assert int(routing.num_tokens_per_expert.sum()) == 64
 
 
+@pytest.mark.parametrize("key", ["capacity_factor", "eval_capacity_factor"])
+def test_where_experts_choose_no_capacity_is_laid_over(key):
+    model = small()
+    replace_routers(model, {"_component_": "moe_builders.routers.ExpertChoiceTopKRouter"})
+    with pytest.raises(InputError, match=rf"routing.{key} is 1.5, but in layers.0.mlp experts"):
+        control_routers(model, PLAIN | {key: 1.5}, NO_BIAS)
+    assert all(layer.capacity is None for _, layer in moe_layers(model))
+
+
 def test_the_bias_rule_needs_a_bias():
     with pytest.raises(InputError, match="no router has a selection-only bias"):
         control_routers(small(), PLAIN, NO_BIAS | {"update_rate": 0.01})
@@ -157,6 +173,14 @@ def test_nothing_is_tallied_where_nothing_learns():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_nothing_lies_where_the_routing_lies():
+    """Not on the host: what is added up of a step is on the device that trains."""
+    with torch.device("meta"):
+        model = small(router=SinkhornRouter(dim=16, num_experts=4, experts_per_token=2))
+    model(torch.zeros(1, 5, dtype=torch.int64, device="meta"))
+    assert tally_routers(model).device.type == "meta"
+
+
 class TestGenericBuilder:
     def test_the_pattern_of_dense_layers(self):
         model = small(num_layers=6, moe_every_n_layers=2, dense_layers=[1], intermediate_dim=24)
@@ -170,6 +194,10 @@ class TestGenericBuilder:
         assert torch.equal(first.gate.weight, router.gate.weight)
         assert not torch.equal(second.gate.weight, third.gate.weight)
         assert not torch.equal(second.gate.weight, first.gate.weight)
+
+    def test_gate_biases_of_copies_start_at_zero_too(self):
+        router = TokenChoiceTopKRouter(dim=16, num_experts=4, experts_per_token=2, gate_bias=True)
+        assert not any(own.gate.bias.any() for own in routers_of(small(router=router)))
 
     def test_a_router_per_layer(self):
         def router(layer):
@@ -190,10 +218,17 @@ class TestGenericBuilder:
         ("changes", "sentence"),
         [
             ({"moe_every_n_layers": 0}, "moe_every_n_layers is 0, but must be at least 1"),
-            ({"dense_layers": [1]}, r"layers \[1\] are dense, but intermediate_dim is not set"),
+            ({"dense_layers": [1]}, r"layers \[1\] are dense: give intermediate_dim"),
+            ({"dense_layers": [0, 3, -1], "intermediate_dim": 8},
+             r"dense_layers holds \[-1, 3\], but layers are 0 to 2"),
+            ({"router": "sinkhorn"}, r"router is 'sinkhorn', but must be a router, or a function"),
+            ({"router": SinkhornRouter(dim=8, num_experts=4, experts_per_token=2)},
+             r"the SinkhornRouter's dim is 8, but its tokens have 16: give it dim=16"),
+            ({"capacity": 1.0}, r"capacity is 1.0, but must be a Capacity: in a config"),
+            ({"capacity": {"factor": 1.0}}, r"capacity is {'factor': 1.0}, but must be a Capac"),
             ({"num_heads": 3}, r"num_heads is 3, but must divide embed_dim \(16\)"),
         ],
-    )
+    )  # fmt: skip
     def test_refused(self, changes, sentence):
         with pytest.raises(InputError, match=sentence):
             small(**changes)

@@ -14,7 +14,7 @@ from moe_builders.families import deepseek_v3, glm4_moe, mixtral, qwen3_moe
 from moe_builders.flops import count_parameters, model_flops
 from moe_builders.moe import MoE, moe_layer
 from moe_builders.moe_size import MoESize, dense_flops_per_token, matched_hidden_dim
-from moe_builders.routers import ExpertChoiceTopKRouter, TokenChoiceTopKRouter
+from moe_builders.routers import ExpertChoiceTopKRouter, ThresholdRouter, TokenChoiceTopKRouter
 from moe_builders.routers.capacity import Capacity
 from moe_builders.summary import (
     architecture_table,
@@ -418,6 +418,20 @@ def test_notes_of_a_router_that_does_not_tell():
     assert note == "layers.0: SilentRouter does not tell whether it is causal (an attribute causal)"
 
 
+def test_a_router_has_a_limit_of_its_own():
+    router = ThresholdRouter(
+        dim=D, num_experts=4, capacity_factor=1.5, eval_capacity_factor=2.0, policy="all"
+    )
+    [training, evaluation] = notes_of(moe_of(router))
+    assert "training drops what an expert gets above 0.75 times the mean load" in training
+    assert "evaluation drops what an expert gets above 1 times the mean load" in evaluation
+    layer = moe_of(router, capacity=Capacity(factor=0.5))
+    assert "0.5 / 1 " in architecture_table(decoder_with(layer))
+    assert len(notes_of(layer)) == 2
+    [plain] = notes_of(moe_of(ThresholdRouter(dim=D, num_experts=4)))
+    assert "0.625 times" in plain
+
+
 def test_notes_of_limits_that_drop():
     found = notes_of(
         moe_of(HashRouter(), capacity=Capacity(factor=1.25)),
@@ -431,3 +445,18 @@ def test_notes_of_limits_that_drop():
     ]
     text = architecture_table(decoder_with(moe_of(router_of())))
     assert "note: layers.0: Sinkhorn in training only" in text
+
+
+def test_a_routers_own_limit_is_told_and_the_tightest_counts():
+    """A share of tokens, factor · n / e, is factor / k of the mean load, n · k / e."""
+    router = ThresholdRouter(dim=D, num_experts=4, capacity_factor=1.25, eval_capacity_factor=3.0)
+    text = architecture_table(decoder_with(moe_of(router)))
+    assert "0.625 / 1.5" in text
+    assert [note.split(" times")[0] for note in notes_of(moe_of(router))] == [
+        "layers.0: training drops what an expert gets above 0.625",
+        "layers.0: evaluation drops what an expert gets above 1.5",
+    ]
+    tighter = Capacity(factor=0.5, drop="probs")
+    _, training, evaluation = notes_of(moe_of(router, capacity=tighter))
+    assert "above 0.5 times the mean load (by probs)" in training
+    assert "above 1.5 times" in evaluation

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_builders.errors import InputError
+from moe_builders.ops.permute import expert_of_rows
 
 MOST_ROWS = 32  # and not more than experts: never more copied than the layer holds
 _HOPPER = (9, 0)
@@ -35,9 +36,7 @@ def gathered_mm(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Ten
 
 def live_rows(num_tokens_per_expert: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """[a] bool, whether a row belongs to an expert, and [a] int, which; e - 1 where to none."""
-    ends = num_tokens_per_expert.cumsum(0)  # [e]
-    rows = torch.arange(num_rows, device=ends.device)
-    expert = torch.searchsorted(ends, rows, right=True)  # [a]
+    expert = expert_of_rows(num_tokens_per_expert, num_rows)  # [a]
     last = num_tokens_per_expert.shape[0] - 1
     return expert <= last, expert.clamp(max=last)
 

@@ -27,6 +27,18 @@ def first_process_warns() -> Iterator[None]:
             logging.disable(before)
 
 
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """What is warned of inside is one line without the place in the code that said it."""
+
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
     """Parse the command line, run, and turn an InputError into a sentence and exit code 2.
 
@@ -42,7 +54,7 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
     """
     rank = os.environ.get("RANK", "0")
     try:
-        with first_process_warns():
+        with first_process_warns(), _warnings_as_sentences():
             config = parse()
     except InputError as error:  # the same on every process: one of them says it
         if rank == "0":

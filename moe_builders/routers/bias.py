@@ -132,7 +132,9 @@ def sign_step(bias: Tensor, counts: Tensor, rule: BiasRule) -> Tensor:
         counts: [e] fp64, tokens per expert of the whole step; all 0: nothing moves.
         rule: how.
     """
-    step = (counts.mean() - counts).sign().to(bias.dtype) * rule.update_rate
+    # whole numbers: a GPU's mean, a product with 1/e, misses the load of an expert that is at it
+    below = counts.sum() - counts * counts.shape[0]  # [e]
+    step = below.sign().to(bias.dtype) * rule.update_rate
     return _recentered(bias + step, rule)
 
 

@@ -3,14 +3,14 @@
 Letters: t tokens · e num_experts · m at most so many experts per token · a assignments.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_builders.routing import Routing, TokenInfo, expert_of_rows, route_by_choice
+from moe_builders.ops.permute import expert_of_rows
+from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 
 def experts_as_listed(
@@ -109,21 +109,3 @@ def learn_cutoffs(cutoff: Tensor, updates: Tensor, tally: Tensor, *, decay: floa
     moved = torch.where(updates > 0, decay * cutoff.double() + (1 - decay) * mean, mean)
     cutoff.copy_(torch.where(number > 0, moved, cutoff.double()))
     updates.add_(number > 0)
-
-
-def keep_fp32(module: nn.Module, apply: Callable, fn: Callable, recurse: bool) -> nn.Module:
-    """``nn.Module._apply`` under which the module's own fp32 buffers move, but are never cast.
-
-    Args:
-        module: whose buffers they are.
-        apply: the module's inherited ``_apply``.
-        fn, recurse: its arguments.
-    """
-    before = {name: value for name, value in module._buffers.items() if value is not None}
-    apply(fn, recurse)
-    for name, value in before.items():
-        now = module._buffers[name]
-        assert now is not None
-        if value.dtype == torch.float32 and now.dtype != torch.float32:
-            module._buffers[name] = value.to(now.device)
-    return module

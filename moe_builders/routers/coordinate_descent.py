@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
-from moe_builders.routers.gate import (
-    JitterKind,
-    jittered_logits,
-    make_jitter,
-    real_rows,
-)
+from moe_builders.routers.gate import JitterKind, jittered_logits, make_jitter, real_rows
 from moe_builders.routers.replay import ReplaySlot
+from moe_builders.routers.scores import check_experts_per_token
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 
@@ -149,11 +145,7 @@ class CoordinateDescentRouter(nn.Module):
         jitter_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise InputError(
-                f"experts_per_token is {experts_per_token}, but must lie between 1 and "
-                f"num_experts ({num_experts})"
-            )
+        check_experts_per_token(experts_per_token, num_experts)
         if not k_ratio >= 1:
             raise InputError(f"k_ratio is {k_ratio}, but must be at least 1")
         _check_numbers(experts_per_token, num_experts, iterations, eps, eps_init, eps_decay)

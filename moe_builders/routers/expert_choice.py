@@ -4,15 +4,16 @@ Letters: t tokens · d dim · e num_experts · c capacity (tokens per expert) ·
 experts per token · a assignments (e·c; t·m where tokens decide and with scope "sequence").
 """
 
+from collections.abc import Callable
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
+from moe_builders.routers.buffers import wide_buffers
 from moe_builders.routers.causal_choice import (
     experts_as_listed,
-    keep_fp32,
     learn_cutoffs,
     membership,
     membership_loss,
@@ -154,8 +155,10 @@ class ExpertChoiceTopKRouter(nn.Module):
         super().train(mode)
         return self
 
-    def _apply(self, fn, recurse=True):  # .to(bf16) would round away what an average moves by
-        return keep_fp32(self, super()._apply, fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to`` and the like do, but the cutoffs stay in fp32 or wider."""
+        with wide_buffers(self):
+            return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """Route tokens.

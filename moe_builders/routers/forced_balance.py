@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
-from moe_builders.routers.gate import (
-    gate_logits,
-    real_rows,
-)
+from moe_builders.routers.gate import gate_logits, real_rows
 from moe_builders.routers.replay import ReplaySlot
+from moe_builders.routers.scores import check_experts_per_token
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 WORD = 0xFFFFFFFF  # 32 bits
@@ -63,11 +61,7 @@ class ForcedBalanceRouter(nn.Module):
         skip_first_n_experts: int = 0,
     ) -> None:
         super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise InputError(
-                f"experts_per_token is {experts_per_token}, but must lie between 1 and "
-                f"num_experts ({num_experts})"
-            )
+        check_experts_per_token(experts_per_token, num_experts)
         if not 0 <= noise <= 1:
             raise InputError(f"noise is {noise}, but must lie between 0 and 1")
         most = num_experts - experts_per_token

@@ -127,3 +127,21 @@ def check_precision(precision: str | None) -> None:
         raise InputError(
             f"gate_precision {precision!r} is not one of {', '.join(PRECISIONS)} (or null)"
         )
+
+
+def check_gate(router: object, dim: int) -> None:
+    """Refuse a router whose linear ``gate`` takes vectors of another width.
+
+    Args:
+        router: any; one without such a gate passes.
+        dim: d, of the tokens that it will be given.
+
+    Raises:
+        InputError: both widths are named.
+    """
+    gate = getattr(router, "gate", None)
+    if isinstance(gate, nn.Linear) and gate.in_features != dim:
+        raise InputError(
+            f"the {type(router).__name__}'s dim is {gate.in_features}, but its tokens have {dim}: "
+            f"give it dim={dim}, or leave dim out where it is filled in"
+        )

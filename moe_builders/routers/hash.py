@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_builders.errors import InputError
-from moe_builders.routers.gate import (
-    gate_logits,
-    real_rows,
-)
+from moe_builders.routers.gate import gate_logits, real_rows
 from moe_builders.routers.replay import ReplaySlot
+from moe_builders.routers.scores import check_experts_per_token, log_softplus
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 HashScore = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -66,11 +64,7 @@ class HashRouter(nn.Module):
         route_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise InputError(
-                f"experts_per_token is {experts_per_token}, but must lie between 1 and "
-                f"num_experts ({num_experts})"
-            )
+        check_experts_per_token(experts_per_token, num_experts)
         if score_function not in get_args(HashScore):
             raise InputError(
                 f"score_function {score_function!r} is not one of {', '.join(get_args(HashScore))}"
@@ -142,9 +136,7 @@ def _log_scores(logits: Tensor, score_function: str) -> Tensor:
         return logits.log_softmax(-1)
     if score_function == "sigmoid":
         return F.logsigmoid(logits)
-    # far down softplus(z) = e^z, whose log is known without it
-    low = logits < -40
-    return 0.5 * torch.where(low, logits, F.softplus(torch.where(low, 0, logits)).log())
+    return log_softplus(logits) / 2
 
 
 def _checked_table(
@@ -154,7 +146,11 @@ def _checked_table(
     try:  # on the CPU, so that it can be read also where a model is built without memory
         rows = table if isinstance(table, Tensor) else torch.tensor(table, device="cpu")
     except (TypeError, ValueError) as error:
-        raise InputError(f"table must be [v, {k}] whole numbers: {error}") from None
+        shown = "" if not isinstance(table, str) else f"table is {table!r}, but "
+        raise InputError(
+            f"{shown or 'table '}must be [v, {k}] whole numbers, a list of rows"
+            + ("" if shown else f": {error}")
+        ) from None
     if rows.ndim != 2 or rows.shape[1] != k or rows.is_floating_point() or len(rows) == 0:
         raise InputError(
             f"table is {list(rows.shape)} of {rows.dtype}, but must be [v, {k}] whole numbers: "

@@ -49,6 +49,7 @@ class ReplaySlot:
         elif self.mode == "replay":
             return self._replayed(expert)
         elif self.mode == "ended":
+            # no public name tells that backward is running; torch.utils.checkpoint asks this, too
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     "a replayed forward is recomputed after its replay has ended: call backward "

@@ -27,7 +27,7 @@ def scores_and_probs(logits: Tensor, function: ScoreFunction) -> tuple[Tensor, T
         function: see ``TokenChoiceTopKRouter``; the "topk_" ones select by the logits.
     """
     if function == "sqrtsoftplus":
-        logs = _log_softplus(logits) / 2
+        logs = log_softplus(logits) / 2
         return logs.exp(), logs.softmax(-1)
     if function.endswith("sigmoid"):
         scores = logits if function == "topk_sigmoid" else logits.sigmoid()
@@ -36,7 +36,7 @@ def scores_and_probs(logits: Tensor, function: ScoreFunction) -> tuple[Tensor, T
     return logits if function == "topk_softmax" else probs, probs
 
 
-def _log_softplus(z: Tensor) -> Tensor:
+def log_softplus(z: Tensor) -> Tensor:
     """log(log(1 + exp(z))): z itself far below 0, where exp(z) underflows."""
     high = z.clamp(min=-40)  # below, log(1 + u) = u in fp64, too
     return (-F.logsigmoid(-high)).log() + (z - high)
@@ -57,19 +57,25 @@ def keep_best_groups(
     return by_group.masked_fill(rejected[..., None], float("-inf")).flatten(1)
 
 
-def check_choice(
-    num_experts: int, experts_per_token: int, score_function: str, weights_from: str, bias: bool
-) -> None:
-    """Refuse numbers and names out of their range.
+def check_experts_per_token(experts_per_token: int, num_experts: int) -> None:
+    """Refuse a k outside of [1, e].
 
     Raises:
-        InputError: one sentence for the first.
+        InputError: both numbers.
     """
     if not 1 <= experts_per_token <= num_experts:
         raise InputError(
             f"experts_per_token is {experts_per_token}, but must lie between 1 and "
             f"num_experts ({num_experts})"
         )
+
+
+def check_scores(*, score_function: str, weights_from: str, expert_bias: bool) -> None:
+    """Refuse names that are not known, or that need a bias where there is none.
+
+    Raises:
+        InputError: one sentence for the first.
+    """
     if score_function not in get_args(ScoreFunction):
         raise InputError(
             f"score_function {score_function!r} is not one of {', '.join(get_args(ScoreFunction))}"
@@ -78,7 +84,7 @@ def check_choice(
         raise InputError(
             f"weights_from {weights_from!r} is not one of {', '.join(get_args(WeightsFrom))}"
         )
-    if weights_from == "biased" and not bias:
+    if weights_from == "biased" and not expert_bias:
         raise InputError("weights_from is 'biased', but there is no bias: set expert_bias to true")
 
 

@@ -19,6 +19,7 @@ from moe_builders.routers.gate import (
     real_rows,
 )
 from moe_builders.routers.replay import ReplaySlot
+from moe_builders.routers.scores import check_experts_per_token
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 
@@ -54,8 +55,8 @@ class SinkhornRouter(nn.Module):
             document of few tokens is then spread over the experts whatever its logits say.
         normalize_weights: divide a token's weights by their sum (k > 1; a single weight of 1 would
             carry no gradient).
-        gate_bias: the gate has a bias of its own. The plan does not see it (v takes it back), the
-            softmax does.
+        gate_bias: the gate has a bias of its own, 0 at first. The plan does not see it (v takes it
+            back), the softmax does.
         jitter, jitter_scale: noise in training, see ``gate.Jitter``.
         gate_precision: "fp32", "fp64" or "bf16"; None: fp32, or fp64 for fp64 inputs.
 
@@ -91,11 +92,7 @@ class SinkhornRouter(nn.Module):
         gate_precision: str | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise InputError(
-                f"experts_per_token is {experts_per_token}, but must lie between 1 and "
-                f"num_experts ({num_experts})"
-            )
+        check_experts_per_token(experts_per_token, num_experts)
         if not 0 < tolerance < math.inf:
             raise InputError(f"tolerance is {tolerance}, but must be above 0 (0.01 is 1 %)")
         if max_iterations < 1:
@@ -111,6 +108,8 @@ class SinkhornRouter(nn.Module):
         self.jitter = make_jitter(jitter, jitter_scale)
         self.gate_precision = gate_precision
         self.gate = nn.Linear(dim, num_experts, bias=gate_bias)
+        if gate_bias:
+            nn.init.zeros_(self.gate.bias)  # no expert is preferred before anything is learned
         self.replay = ReplaySlot()
 
     @property
@@ -166,7 +165,8 @@ def balanced_log_probs(
     """log softmax(logits + v), v such that every expert's mean over the tokens is 1/e.
 
     All in the log domain, so that logits of ±1e4 stay finite. The rows sum to 1 exactly, the
-    columns within ``tolerance`` unless ``max_iterations`` came first.
+    columns within ``tolerance`` unless ``max_iterations`` came first. A token that is alone has
+    nothing to be balanced with: its v stays 0.
 
     Args:
         logits: [t, e], finite.
@@ -189,6 +189,8 @@ def balanced_log_probs(
         mass = _log_mass(_log_rows(logits, v, segment), mask, segment)  # [r, e]
         mean = torch.where(count > 0, mass - count.clamp(min=1).log(), level)
         enough = ((mean.detach() - level).expm1().abs() < tolerance).all(-1, keepdim=True)  # [r, 1]
+        # one token alone would be given to all experts alike: rounding would choose among them
+        enough = enough | (count <= 1)
         if may_stop and bool(enough.all()):
             break
         v = torch.where(enough, v, v + level - mean)

@@ -3,6 +3,7 @@
 Letters: t tokens · d dim · e num_experts · k experts_per_token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -12,13 +13,9 @@ from torch import Tensor, nn
 from moe_builders.errors import InputError
 from moe_builders.routers.capacity import Capacity, CapacityScope, SlotOrder
 from moe_builders.routers.coordinate_descent import soft_top_k
-from moe_builders.routers.gate import (
-    JitterKind,
-    jittered_logits,
-    make_jitter,
-    real_rows,
-)
+from moe_builders.routers.gate import JitterKind, jittered_logits, make_jitter, real_rows
 from moe_builders.routers.replay import ReplaySlot
+from moe_builders.routers.scores import check_experts_per_token
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 ThresholdPolicy = Literal["random", "threshold", "all", "none"]
@@ -92,15 +89,18 @@ class ThresholdRouter(nn.Module):
         jitter_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise InputError(
-                f"experts_per_token is {experts_per_token}, but must lie between 1 and "
-                f"num_experts ({num_experts})"
-            )
+        check_experts_per_token(experts_per_token, num_experts)
         if policy not in get_args(ThresholdPolicy):
             raise InputError(
                 f"policy {policy!r} is not one of {', '.join(get_args(ThresholdPolicy))}"
             )
+        for name, factor in (
+            ("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor),
+        ):  # fmt: skip
+            if factor is not None and not 0 < factor < math.inf:
+                raise InputError(f"{name} is {factor}, but must be a number above 0 (or null)")
+        if min_capacity < 0:
+            raise InputError(f"min_capacity is {min_capacity}, but must be at least 0")
         if not normalize_eps > 0:
             raise InputError(f"normalize_eps is {normalize_eps}, but must be above 0")
         self.num_experts = num_experts
@@ -190,6 +190,8 @@ def _thresholds(name: str, value: float | Sequence[float], k: int) -> tuple[floa
     """One for each choice but the first."""
     if isinstance(value, int | float):
         given = (float(value),) * (k - 1)
+    elif isinstance(value, str) or not all(isinstance(number, int | float) for number in value):
+        raise InputError(f"{name} is {value!r}, but must be a number or a list of numbers")
     else:
         given = tuple(float(number) for number in value)
     if len(given) != k - 1:

@@ -4,7 +4,7 @@ Letters: t tokens · d dim · e num_experts · k experts_per_token · g groups.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from moe_builders.routers.bias import (
     selection_counts,
     sign_step,
 )
+from moe_builders.routers.buffers import wide_buffers
 from moe_builders.routers.gate import (
     Jitter,
     JitterKind,
@@ -29,8 +30,9 @@ from moe_builders.routers.replay import ReplaySlot
 from moe_builders.routers.scores import (
     ScoreFunction,
     WeightsFrom,
-    check_choice,
+    check_experts_per_token,
     check_groups,
+    check_scores,
     keep_best_groups,
     scores_and_probs,
 )
@@ -108,7 +110,10 @@ class TokenChoiceTopKRouter(nn.Module):
         jitter_scale: float = 0.0,
     ) -> None:
         super().__init__()
-        check_choice(num_experts, experts_per_token, score_function, weights_from, expert_bias)
+        check_experts_per_token(experts_per_token, num_experts)
+        check_scores(
+            score_function=score_function, weights_from=weights_from, expert_bias=expert_bias
+        )
         check_precision(gate_precision)
         self.group_score_topk = check_groups(
             num_experts=num_experts,
@@ -194,8 +199,8 @@ class TokenChoiceTopKRouter(nn.Module):
         """[n] fp64, what the bias learns from: see ``LearningRouter``.
 
         The sign rule counts what real tokens selected, before any drop; the quantile rule what
-        biases they would need, from the logits without noise. n = 0 where nothing is learned:
-        without a bias or a rule, at rate 0, and under a frozen gate.
+        biases they would need, from ``Routing.logits`` (noised, except with "gumbel"). n = 0 where
+        nothing is learned: without a bias or a rule, at rate 0, and under a frozen gate.
         """
         rule, bias = self.bias_rule, self.expert_bias
         if self.tally_size == 0 or rule is None or bias is None:
@@ -237,15 +242,7 @@ class TokenChoiceTopKRouter(nn.Module):
     def _histogram_half(self, rule: BiasRule) -> float:
         return rule.histogram_range or QUANTILE_RANGES[self.score_function]
 
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> "TokenChoiceTopKRouter":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``to``, ``half``, ``to_empty`` and the like do, but the bias stays fp32 or wider."""
-        before = self.expert_bias
-        super()._apply(fn, recurse)
-        after = self.expert_bias
-        if before is None or after is None or torch.finfo(after.dtype).bits >= 32:
-            return self
-        # from what was there before: what is there now has lost digits
-        self.expert_bias = before.to(after.device, torch.float32)
-        return self
+        with wide_buffers(self):
+            return super()._apply(fn, recurse)

@@ -193,7 +193,8 @@ def parse_command_line(
 ) -> RecipeConfig:
     """``--config NAME [key=value ...] [~key ...]`` as a typed configuration.
 
-    As in torchtune, ``optimizer=x.y`` exchanges a component and keeps its arguments, and
+    As in torchtune, ``optimizer=x.y`` exchanges a component and keeps its arguments (``router=x.y``
+    names one where there is none), and
     ``~optimizer.fused`` takes an argument out; ``~key`` sets one of the recipe's own keys to null.
 
     Args:

@@ -5,7 +5,7 @@ Letters: t tokens · l layers with experts · e num_experts.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -91,19 +91,20 @@ def router_losses(
     layers = list(routings.values())
     z = [router_z_loss(routing, num_tokens=num_tokens) for routing in layers]
     own = [router_own_loss(r, num_tokens=num_tokens) for r in layers if r.own_loss is not None]
+    counted, over = cast(Counted, on), cast(Scope, scope)  # checked above
     if form == "hf":
-        balance = pooled_load_balancing_loss(layers, on=on, num_tokens=num_tokens)  # pyright: ignore[reportArgumentType]
+        balance = pooled_load_balancing_loss(layers, on=counted, num_tokens=num_tokens)
     elif form == "mse":
-        balance = _mean([mse_balancing_loss(r, scope=scope, num_tokens=num_tokens) for r in layers])  # pyright: ignore[reportArgumentType]
+        balance = _mean([mse_balancing_loss(r, scope=over, num_tokens=num_tokens) for r in layers])
     else:
         balance = _mean(
             [
                 load_balancing_loss(
                     routing,
-                    scope=scope,  # pyright: ignore[reportArgumentType]
+                    scope=over,
                     counts=None if counts is None else counts[layer],
                     num_tokens=num_tokens,
-                    on=on,  # pyright: ignore[reportArgumentType]
+                    on=counted,
                     choices="first" if form == "st_moe" else "all",
                 )
                 for layer, routing in enumerate(layers)

@@ -7,6 +7,12 @@ from omegaconf import DictConfig, OmegaConf
 from moe_builders.errors import InputError
 from moe_builders.instantiate import first_line
 
+# keys that hold a component: KEY=package.Name names it, also where the file has none
+COMPONENTS = (
+    "model", "router", "tokenizer", "dataset", "dataset_val", "optimizer", "lr_scheduler",
+    "metric_logger",
+)  # fmt: skip
+
 
 def apply_overrides(loaded: DictConfig, overrides: Sequence[str]) -> None:
     """Set each in turn, in place; see ``config.parse_command_line``.
@@ -64,8 +70,12 @@ def _meant(words: Sequence[str], at: int) -> str | None:
 
 def _set(loaded: DictConfig, key: str, value: str) -> None:
     parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # pyright: ignore
-    if isinstance(parsed, str) and isinstance(old := OmegaConf.select(loaded, key), DictConfig):
-        key += "._component_" if "_component_" in old else ""
+    if isinstance(parsed, str):
+        old = OmegaConf.select(loaded, key) if "${" not in parsed else parsed
+        if isinstance(old, DictConfig):
+            key += "._component_" if "_component_" in old else ""
+        elif old is None and key in COMPONENTS:
+            parsed = {"_component_": parsed}
     OmegaConf.update(loaded, key, parsed, merge=False)
 
 

@@ -21,7 +21,7 @@ Lines = Sequence[Mapping[str, float]]
 # one panel each: title, unit, names of the values
 _PANELS = (
     ("loss", "nats per labelled token", ("loss", "val_loss")),
-    ("balancing loss (1 = balanced)", "", ("balance",)),
+    ("balancing loss", "", ("balance",)),
     ("worst layer's max_violation (0 = balanced)", "max load / mean load − 1",
      ("max_violation", "val_max_violation")),
     ("dead experts, all layers", "experts", ("dead_experts", "val_dead_experts")),

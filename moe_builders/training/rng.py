@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(_bytes(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
+
+
+def rewound_noise(device: torch.device) -> AbstractContextManager[None]:
+    """Torch's streams go on afterwards from where they stood: what is drawn inside comes again."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _bytes(text: str) -> torch.Tensor:

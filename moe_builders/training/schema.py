@@ -17,14 +17,43 @@ _WORDS = {
     type(None): "null",
 }  # fmt: skip
 # keys of other trainers, and those that stand inside a component here
+_PER_TOKEN = "model.experts_per_token (of a base_model, what its config.json says)"
+_OF_MODEL = "model.num_experts (of a base_model, what its config.json says)"
 _ELSEWHERE = {
+    **dict.fromkeys(
+        ("top_k", "topk", "moe_top_k", "moe_topk", "moe_router_topk", "num_experts_per_tok",
+         "num_experts_per_token", "experts_per_token"), _PER_TOKEN),
+    **dict.fromkeys(
+        ("num_experts", "moe_num_experts", "num_moe_experts", "num_local_experts",
+         "n_routed_experts"), _OF_MODEL),
+    **dict.fromkeys(
+        ("router_jitter_noise", "jitter_noise", "jitter_eps", "moe_input_jitter_eps"),
+        "routing.jitter (input_uniform) and routing.jitter_scale"),
+    **dict.fromkeys(
+        ("moe_expert_capacity_factor", "expert_capacity_factor", "train_capacity_factor"),
+        "routing.capacity_factor"),
+    **dict.fromkeys(("moe_token_drop_policy", "moe_token_dropping"), "routing.drop"),
+    **dict.fromkeys(
+        ("score_function", "score_func", "scoring_func", "moe_router_score_function"),
+        "model.score_function, or an argument of router"),
+    **dict.fromkeys(
+        ("moe_router_load_balancing_type", "router_type", "moe_router_type"),
+        "router, a component (moe_builders.routers.…), and router_losses"),
+    **dict.fromkeys(("moe_router_enable_expert_bias", "use_routing_bias"), "model.expert_bias"),
+    **dict.fromkeys(("load_balance_coeff", "bias_update_speed"), "expert_bias.update_rate"),
+    **dict.fromkeys(
+        ("z_loss_coef", "z_loss_coeff", "z_loss_weight", "router_z_loss"), "router_losses.z_coef"),
+    **dict.fromkeys(
+        ("aux_loss_alpha", "router_aux_loss_alpha", "moe_loss_weight"),
+        "router_losses.load_balancing_coef"),
+    "moe_router_dtype": "an argument of router, gate_precision (routers compute in fp32 anyhow)",
+    "moe_pad_expert_input_to_capacity": "routing.pad_to_capacity",
+    "output_router_logits": "router_losses, which need no switch",
     "betas": "optimizer.betas", "bf16": "compute_dtype", "column": "dataset.column",
     "data_files": "dataset.data_files", "dtype": "param_dtype and compute_dtype",
-    "experts_per_token": "model.experts_per_token",
     "fp16": "compute_dtype", "gradient_checkpointing": "enable_activation_checkpointing",
     "learning_rate": "optimizer.lr", "lr": "optimizer.lr", "max_grad_norm": "clip_grad_norm",
-    "model_name_or_path": "base_model", "num_experts": "model.num_experts",
-    "num_experts_per_tok": "model.experts_per_token", "num_train_epochs": "epochs",
+    "model_name_or_path": "base_model", "num_train_epochs": "epochs",
     "num_warmup_steps": "lr_scheduler.num_warmup_steps", "packed": "dataset.packed",
     "per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume",
     "save_steps": "checkpoint_every_n_steps", "source": "dataset.source",
@@ -89,7 +118,8 @@ def unknown_key(schema: Any, key: str) -> str:
     near = did_you_mean(last, names)
     if not near:
         paths = {name: f"{s}.{name}" for s, inside in sections.items() for name in inside}
-        paths |= {f.name: f.name for f in fields(schema)}
+        if not names:  # a key of a section is meant for a section
+            paths |= {f.name: f.name for f in fields(schema)}
         found = difflib.get_close_matches(last, paths, n=1)
         near = f" (did you mean {paths[found[0]]!r}?)" if found else ""
     if names:

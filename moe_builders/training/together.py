@@ -3,6 +3,7 @@
 Everything that can be said before a model is built is said here.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from moe_builders.errors import InputError
@@ -64,6 +65,28 @@ def _check_routing(config: "RecipeConfig") -> None:
             "routing.pad_to_capacity needs a capacity: set routing.capacity_factor too, or "
             "routing.pad_to_capacity=false"
         )
+    if routing.pad_to_capacity and routing.capacity_scope != "micro":
+        raise InputError(
+            "routing.pad_to_capacity gives every expert a fixed number of rows in a micro-batch, "
+            f"but routing.capacity_scope is {routing.capacity_scope}: set it to micro"
+        )
+    if routing.capacity_factor is None and routing.eval_capacity_factor is None:
+        usual = type(routing)()
+        for key in ("min_capacity", "capacity_scope", "drop"):
+            value = getattr(routing, key)
+            if value != getattr(usual, key):
+                raise InputError(
+                    f"routing.{key} is {value}, but there is no capacity: set "
+                    f"routing.capacity_factor, or leave routing.{key} out"
+                )
+    if bias.recenter and bias.update_rate == 0:
+        raise InputError(
+            "expert_bias.recenter is true, but no bias moves: set expert_bias.update_rate, or "
+            "leave expert_bias.recenter out"
+        )
+    for key in ("capacity_factor", "eval_capacity_factor"):
+        if getattr(routing, key) == math.inf:
+            raise InputError(f"routing.{key} is inf, but must be finite, or null for no limit")
 
 
 def _check_stepping(config: "RecipeConfig") -> None:

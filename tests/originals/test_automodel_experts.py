@@ -12,7 +12,7 @@ from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.moe.config import MoEConfig
 from nemo_automodel.components.moe.layers import MoE as AutomodelMoE
 
-from moe_builders.expert_layouts import from_layout
+from moe_builders.experts.layouts import from_layout
 from moe_builders.initialization import initialize
 from moe_builders.moe import moe_layer
 from moe_builders.ops.activations import find_activation, gpt_oss_swiglu, limited_swiglu

@@ -8,8 +8,8 @@ pytest.importorskip("st_moe_pytorch")
 
 from st_moe_pytorch.st_moe_pytorch import Expert
 
-from moe_builders.expert_list import ExpertList
 from moe_builders.experts import GroupedExperts
+from moe_builders.experts.expert_list import ExpertList
 
 D, E = 12, 3
 H = int(D * 4 * 2 / 3)

@@ -165,6 +165,16 @@ def test_a_bug_keeps_its_traceback():
         launch(lambda _: 1 / 0, lambda: None)
 
 
+def test_a_warning_of_the_configuration_is_one_line():
+    def parse():  # what Python prints of a warning; pytest takes the warnings themselves away
+        shown.append(warnings.formatwarning("an old name", FutureWarning, "code.py", 3, "line"))
+
+    shown, before = [], warnings.formatwarning
+    assert launch(lambda config: parse(), parse) == 0
+    assert shown[0] == "warning: an old name\n"
+    assert shown[0] != shown[1] == before("an old name", FutureWarning, "code.py", 3, "line")
+
+
 @pytest.mark.parametrize(("rank", "times"), [("0", 1), ("3", 0)])
 def test_only_the_first_process_warns_of_the_configuration(monkeypatch, recwarn, rank, times):
     def parse():

@@ -80,10 +80,11 @@ def test_two_processes_say_everything_once(empty):
     assert len(said) <= 1, said
 
 
-def test_the_composed_example_runs_from_its_own_folder(empty):
-    for name in ("compose_model.py", "compose_model.yaml"):
+@pytest.mark.parametrize("example", ["compose_model", "custom_router"])
+def test_an_example_runs_from_its_own_folder(example, empty):
+    for name in (f"{example}.py", f"{example}.yaml"):
         shutil.copy(ROOT / "examples" / name, empty)
-    run(empty, "tune", "run", "moe_full_finetune", "--config", "compose_model.yaml",
+    run(empty, "tune", "run", "moe_full_finetune", "--config", f"{example}.yaml",
         "output_dir=composed", "model.vocab_size=64", "max_steps=2", "batch_size=2",
         "~tokenizer", "tokenizer={_component_: helpers_train.NoTokenizer}",
         "~dataset", "dataset={_component_: helpers_train.RaggedDataset, packed: true}")  # fmt: skip

@@ -5,11 +5,12 @@ import json
 import moe_full_finetune as recipe
 import pytest
 import torch
-from helpers_train import HF_CONFIG, VOCAB, config, learned_buffers, on_ranks
+from helpers_train import HF_CONFIG, VOCAB, NoTokenizer, config, learned_buffers, on_ranks
 from safetensors.torch import load_file
 
 from moe_builders.errors import InputError
 from moe_builders.hub import create_hf_model
+from moe_builders.parallel.world import open_world
 
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 3e-3}
 OWN = {
@@ -78,6 +79,35 @@ def test_recomputation_changes_no_bit(way, tmp_path):
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_counted_beforehand_is_what_is_routed_with_the_same_noise(
+    checkpointing, tmp_path, monkeypatch
+):
+    """Two micro-batches under much noise: counts of the forward before and of the one that trains.
+
+    Random numbers go on from where they would have been without the counting.
+    """
+    losses = {"load_balancing_coef": 1.0, "load_balancing_scope": "global"}
+    seen, ends, count = [], [], recipe.step_counts
+    monkeypatch.setattr(recipe, "step_counts", lambda *a: seen.append(count(*a)) or seen[-1])
+    for exact in (True, False):
+        cfg = way_of(
+            tmp_path, "jitter", routing={"jitter": "gumbel", "jitter_scale": 1.0},
+            router_losses=losses | {"global_exact": exact}, gradient_accumulation_steps=2,
+            enable_activation_checkpointing=checkpointing,
+        )  # fmt: skip
+        with open_world(device="cpu") as world:
+            torch.manual_seed(0)
+            model = recipe.build_model(cfg, world).model
+            loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
+            step = next(loader.steps(epochs=1))
+            values = recipe.train_step(model, step, cfg, world)
+            ends.append(torch.rand(3))
+        assert torch.equal(seen[0].double(), values["load"][0])
+    assert len(seen) == 1
+    assert torch.equal(*ends)
+
+
 def test_biases_are_the_same_on_every_process_and_for_every_number_of_them(tmp_path):
     """One process with 8 rows; one with 2 × 4; two with 4 each: the same load, the same bias."""
     ways = ("bias", "quantile")
@@ -117,6 +147,19 @@ class TestHuggingFaceFolders:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
+    def test_a_run_says_that_its_export_does_not_name_the_router(self, base):
+        from moe_builders.base_model import open_base_model
+
+        router = {"_component_": f"{ROUTERS}.SinkhornRouter"}
+        opened = [
+            open_base_model(str(base), None, dtype=torch.float32, device=torch.device("cpu"),
+                            seed=0, init_std=None, router=given)
+            for given in (None, router)
+        ]  # fmt: skip
+        assert opened[0].notes == []
+        (note,) = opened[1].notes
+        assert "routes with moe_builders.routers.SinkhornRouter, which the layout of" in note
+
     def test_a_router_that_holds_more_is_refused(self, base, tmp_path):
         cfg = config(tmp_path, model=None, base_model=str(base),
                      router={"_component_": f"{ROUTERS}.ExpertChoiceTopKRouter",
@@ -136,6 +179,12 @@ def test_sinkhorn_with_a_balancing_loss_is_refused(tmp_path):
         recipe.main(cfg)
 
 
+def test_a_bias_of_a_gate_that_is_frozen_by_name_is_refused(tmp_path):
+    cfg = way_of(tmp_path, "bias", freeze=[r"router\.gate"])
+    with pytest.raises(InputError, match="the gate is frozen, and its bias with it"):
+        recipe.main(cfg)
+
+
 def test_bare_expert_choice_is_refused_where_it_would_be_validated(tmp_path):
     val = {"_component_": "helpers_train.RaggedDataset", "num_samples": 6, "seed": 7}
     router = {"_component_": f"{ROUTERS}.ExpertChoiceTopKRouter"}
@@ -149,3 +198,10 @@ def test_the_saved_model_says_how_it_was_built(tmp_path):
     marker = json.loads((folder / "moe_builders.json").read_text())
     assert marker["component"] == OWN
     assert marker["router"] == WAYS["sinkhorn"]["router"]
+
+
+def test_a_misspelled_router_is_found_before_anything_else(tmp_path):
+    wrong = {"_component_": f"{ROUTERS}.SinkhornRoute"}
+    cfg = config(tmp_path, model=OWN, dataset=[{"_component_": "nothing.there"}], router=wrong)
+    with pytest.raises(InputError, match=r"^router\._component_ is .*SinkhornRoute"):
+        recipe.main(cfg)

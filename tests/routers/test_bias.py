@@ -7,6 +7,7 @@ from helpers_decoder import batch, decoder_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_builders.errors import InputError
 from moe_builders.moe import moe_layer
@@ -56,6 +57,24 @@ def test_the_sign_rule_by_hand():
     ):
         bias = sign_step(bias, torch.tensor(counts).double(), rule)
         assert bias.tolist() == wanted
+
+
+class MeanByReciprocal(TorchDispatchMode):
+    """A mean as a GPU computes it: the sum times 1/n."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mean.default:
+            return args[0].sum() * (1 / args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("e", [49, 75, 150])
+def test_an_expert_at_the_mean_stays_whatever_way_means_are_computed(e):
+    bias = torch.linspace(-1, 1, e)
+    with MeanByReciprocal():
+        for load in range(1, 200):
+            balanced = torch.full((e,), load, dtype=torch.float64)
+            assert torch.equal(sign_step(bias, balanced, BiasRule(0.25)), bias), load
 
 
 def test_recentering_takes_the_mean_away():

@@ -300,11 +300,13 @@ def test_masked_tokens_of_nan_change_nothing(pad):
     drop=st.sampled_from(["position", "probs"]),
     masked=st.booleans(),
     straight=st.booleans(),
+    score_position=st.sampled_from(["before", "mid", "after"]),
     seed=st.integers(0, 999),
 )
 def test_padding_to_capacity_changes_no_output_and_no_gradient(
-    t, k, factor, drop, masked, straight, seed
+    t, k, factor, drop, masked, straight, score_position, seed
 ):
+    """With biases, which answer to the zeros of a row in excess, too."""
     stream = torch.Generator().manual_seed(seed)
     x = torch.randn(t, D, generator=stream, dtype=torch.float64)
     mask = torch.rand(t, generator=stream) > 0.4 if masked else None
@@ -313,6 +315,7 @@ def test_padding_to_capacity_changes_no_output_and_no_gradient(
         moe = layer(
             Capacity(factor=factor, minimum=2, scope="micro", drop=drop, pad=pad), bias=True, k=k
         )
+        moe.score_position = score_position
         if straight:
             moe.router = StraightThrough(moe.router)
         tokens = x.clone().requires_grad_()

@@ -325,6 +325,9 @@ def test_a_constant_on_a_row_or_a_column_changes_nothing(t, seed, shift, masked,
     moved = logits + shift * torch.randn(t, 1, dtype=torch.float64, generator=stream)
     moved = moved + shift * torch.randn(4, dtype=torch.float64, generator=stream)
     real = torch.ones(t, dtype=torch.bool) if mask is None else mask
+    document = torch.zeros(t, dtype=torch.int64) if ids is None else ids
+    together = document[:, None] == document
+    real = real & ((together & real).sum(-1) > 1)  # one that is alone is not balanced
     if real.any():
         assert_near(balanced_log_probs(moved, **arguments).exp()[real], probs[real], 1e-7)
 
@@ -345,6 +348,8 @@ def test_one_expert_per_token_keeps_its_weight_and_its_gradient():
 
 
 def test_the_gates_bias_only_counts_in_evaluation():
+    fresh = SinkhornRouter(dim=6, num_experts=4, experts_per_token=2, gate_bias=True)
+    assert (fresh.gate.bias == 0).all(), "no expert is preferred"
     router = router_of(torch.float64, gate_bias=True, **TIGHT)
     x = torch.randn(20, 6, dtype=torch.float64)
     seen = []
@@ -415,3 +420,16 @@ def test_precision_of_the_gate():
 def test_numbers_out_of_range(changes, message):
     with pytest.raises(InputError, match=message):
         router_of(**changes)
+
+
+def test_a_document_of_one_token_is_routed_by_its_own_scores():
+    """Its plan would be 1/e for every expert, and rounding would choose."""
+    torch.manual_seed(0)
+    router = SinkhornRouter(dim=6, num_experts=8, experts_per_token=2, per_sequence=True).double()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    ids = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3])
+    routing = router(x, TokenInfo(sequence_ids=ids))
+    for alone in (3, 8):
+        wanted = router.gate(x[alone]).softmax(-1).topk(2)
+        assert routing.selected[alone].tolist() == wanted.indices.tolist()
+        torch.testing.assert_close(routing.probs[alone], router.gate(x[alone]).softmax(-1))

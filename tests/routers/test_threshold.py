@@ -430,7 +430,11 @@ def test_one_graph():
         ({"eval_threshold": [0.1] * 3}, "eval_threshold has 3 values"),
         ({"threshold": 1.5}, "threshold is 1.5, but must lie between 0 and 1"),
         ({"normalize_eps": 0}, "normalize_eps is 0"),
-        ({"capacity_factor": -1.0}, "factor is -1.0"),
+        ({"capacity_factor": -1.0}, "^capacity_factor is -1.0"),
+        ({"eval_capacity_factor": float("inf")}, "^eval_capacity_factor is inf"),
+        ({"min_capacity": -1}, "^min_capacity is -1"),
+        ({"threshold": "high"}, "^threshold is 'high', but must be a number or a list of"),
+        ({"threshold": ["a", 0.1]}, r"^threshold is \['a', 0.1\], but must be a number or a list"),
         ({"jitter": "gauss", "jitter_scale": 1.0}, "jitter 'gauss' is not one of"),
     ],
 )

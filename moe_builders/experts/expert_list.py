@@ -77,7 +77,7 @@ class ExpertList(nn.Module):
     a collective out.
 
     One product after another, and the numbers of rows are read on the host: for networks that
-    cannot be stacked, and for looking at one expert. ``expert_layouts`` stacks those that can.
+    cannot be stacked, and for looking at one expert. ``experts.stacking`` stacks those that can.
 
     Args:
         experts: modules [n, d] -> [n, d].

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchtune.modules import FeedForward
 
 from moe_builders.errors import InputError
-from moe_builders.expert_list import ExpertList, ExpertNetwork
-from moe_builders.experts import GroupedExperts
+from moe_builders.experts.expert_list import ExpertList, ExpertNetwork
+from moe_builders.experts.grouped import GroupedExperts
 from moe_builders.ops.activations import ACTIVATIONS, Activation
 
 

@@ -3,8 +3,8 @@
 from torch import nn
 from torchtune.modules import FeedForward
 
-from moe_builders.expert_list import ExpertNetwork
-from moe_builders.experts import GroupedExperts
+from moe_builders.experts.expert_list import ExpertNetwork
+from moe_builders.experts.grouped import GroupedExperts
 from moe_builders.ops.activations import Activation
 
 

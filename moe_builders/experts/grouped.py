@@ -13,7 +13,7 @@ from moe_builders.errors import InputError
 from moe_builders.ops.activations import Activation, find_activation
 from moe_builders.ops.gathered_mm import live_rows
 from moe_builders.ops.grouped_mm import BACKENDS, grouped_mm
-from moe_builders.routing import expert_of_rows
+from moe_builders.ops.permute import expert_of_rows
 
 
 class GroupedExperts(nn.Module):

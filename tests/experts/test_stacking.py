@@ -7,9 +7,9 @@ from torch import nn
 from torchtune.modules import FeedForward
 
 from moe_builders.errors import InputError
-from moe_builders.expert_list import ExpertList, ExpertNetwork
-from moe_builders.expert_stacking import merge_experts, split_experts
 from moe_builders.experts import GroupedExperts
+from moe_builders.experts.expert_list import ExpertList, ExpertNetwork
+from moe_builders.experts.stacking import merge_experts, split_experts
 from moe_builders.ops.activations import ACTIVATIONS, gpt_oss_swiglu, limited_swiglu
 
 COUNTS = torch.tensor([3, 0, 4, 1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_builders.errors import InputError
-from moe_builders.experts import GroupedExperts
+from moe_builders.experts.grouped import GroupedExperts
 from moe_builders.ops.activations import Activation, find_activation
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_builders.errors import InputError
-from moe_builders.expert_layouts import LAYOUTS, from_layout, to_layout
 from moe_builders.experts import GroupedExperts
+from moe_builders.experts.layouts import LAYOUTS, from_layout, to_layout
 
 E, D, H = 3, 6, 5
 UNGATED = {"nemo_list", "nemo_stacked"}

@@ -9,8 +9,8 @@ from torchtune.modules import FeedForward
 
 from moe_builders.checkpoint.own import load_model, save_model
 from moe_builders.errors import InputError
-from moe_builders.expert_list import ExpertList, ExpertNetwork
 from moe_builders.experts import GroupedExperts
+from moe_builders.experts.expert_list import ExpertList, ExpertNetwork
 from moe_builders.initialization import initial_value, initialize
 from moe_builders.moe import MoE, moe_layer
 from moe_builders.ops.activations import ACTIVATIONS
