@@ -18,6 +18,7 @@ _RENAMED = {
         ("router_z_loss_coef", "router_z_loss_coeff", "moe_z_loss_coeff"), "router_losses.z_coef"),
     **dict.fromkeys(
         ("moe_router_bias_update_rate", "gate_bias_update_factor"), "expert_bias.update_rate"),
+    "router_loss_mask": "router_losses.mask",
 }  # fmt: skip
 _SECTIONS = ("", "router_losses", "expert_bias")  # where an old name may stand
 _COEFFICIENTS = {

@@ -299,6 +299,13 @@ def test_old_names_are_understood_with_a_warning(parse, old, section):
     assert ("whose loss is 1 where" in said) == (old in BALANCING)
 
 
+def test_the_old_name_of_the_mask(parse):
+    with pytest.warns(
+        FutureWarning, match=r"router_loss_mask is an old name of router_losses\.mask"
+    ):
+        assert parse("router_loss_mask=labels").router_losses.mask == "labels"
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_old_names_beside_others(parse, refusal):
     config = parse("aux_loss_coef=0.1", "router_losses.z_coef=0.2", "moe_router_bias_update_rate=1")
