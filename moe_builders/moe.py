@@ -4,7 +4,7 @@ Letters: b batch · s sequence · t = b·s tokens · d dim · a assignments · e
 """
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,10 @@ class MoE(nn.Module):
         self.capacity = capacity
         self.latent_down, self.latent_up = latent_down, latent_up
         self.last_routing: Routing | None = None  # overwritten by every forward, never summed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has routed nothing yet; the last routing's graph could not be copied
+        return self.__dict__ | {"last_routing": None}
 
     def forward(self, x: Tensor, info: TokenInfo | None = None) -> Tensor:
         """Apply the layer.

@@ -1,5 +1,6 @@
 """The MoE layer against two plain loops, in every way it can be put together."""
 
+import copy
 import inspect
 import itertools
 
@@ -249,3 +250,14 @@ def test_a_router_for_other_experts_is_refused():
         MoE(router=router, experts=experts)
     with pytest.raises(InputError, match="Identity lacks an attribute num_experts"):
         MoE(router=nn.Identity(), experts=experts)
+
+
+def test_a_copy_after_a_forward_with_gradients_has_routed_nothing():
+    moe = moe_of()
+    x = torch.randn(5, D, dtype=torch.float64)
+    wanted = moe(x)
+    twin = copy.deepcopy(moe)
+    assert twin.last_routing is None
+    assert moe.last_routing is not None
+    assert torch.equal(twin(x), wanted)
+    assert twin.experts.down_proj.data_ptr() != moe.experts.down_proj.data_ptr()
