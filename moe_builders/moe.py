@@ -14,7 +14,7 @@ from moe_builders.experts.builders import latent_projection, moe_experts, shared
 from moe_builders.ops.activations import Activation
 from moe_builders.ops.permute import combine_rows, gather_rows
 from moe_builders.routers.capacity import Capacity
-from moe_builders.routers.gate import JitterKind, check_gate
+from moe_builders.routers.gate import JitterKind, check_gate, real_rows
 from moe_builders.routers.scores import ScoreFunction, WeightsFrom
 from moe_builders.routers.token_choice import TokenChoiceTopKRouter
 from moe_builders.routing import Router, Routing, TokenInfo
@@ -115,9 +115,8 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         mask = routing.info.mask
         if self.latent_down is not None:
-            if mask is not None:  # a masked token may hold NaN, which a product would spread
-                tokens = torch.where(mask[:, None], tokens, 0)
-            tokens = self.latent_down(tokens)
+            # a masked token may hold NaN, which a product would spread
+            tokens = self.latent_down(real_rows(tokens, mask))
         rows = gather_rows(tokens, routing.token_index, routing.slot_of)  # [a, d]
         counts, weights = routing.num_tokens_per_expert, routing.weights
         if routing.input_weights is not None:

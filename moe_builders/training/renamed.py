@@ -1,5 +1,4 @@
-"""Keys under the names that other trainers and earlier recipes give them, and coefficients that
-stand where no loss is: moved with a warning, or refused with the place where they belong."""
+"""Other trainers' and earlier names of keys, moved with a warning; stray coefficients, refused."""
 
 import warnings
 from collections.abc import Mapping
