@@ -111,7 +111,9 @@ def work(folder: Path, out: Path) -> None:
         held = sum(shard.nbytes for shard in shards)
         world.barrier()
         then = resident("VmRSS")
-        _, saving = peak_above(then, lambda: base.save(out / "model", write=world.is_first))
+        _, saving = peak_above(
+            then, lambda: base.save(out / "model", rank=world.rank, size=world.size)
+        )
         world.barrier()
         found = {"rank": world.rank, "before": before, "after": then - before, "model": held,
                  "load": load, "save": saving}  # fmt: skip

@@ -101,8 +101,13 @@ class BaseModel:
             load_model(self.model, self.folder, device=device, show=show)
         return self.model
 
-    def save(self, path: str | Path, *, write: bool) -> None:
+    def save(self, path: str | Path, *, rank: int = 0, size: int = 1) -> None:
         """Write the model back in its HF layout, or under our own names; all processes call.
+
+        Args:
+            path: folder to write, the same for all processes.
+            rank: this process, 0 … size-1.
+            size: number of processes; each writes a part of the files.
 
         Raises:
             InputError: the HF layout cannot be written any more; the weights then lie under our
@@ -112,13 +117,13 @@ class BaseModel:
             component, router = (
                 None if node is None else dict(node) for node in (self.component, self.router)
             )
-            save_model(self.model, path, component=component, router=router, write=write)
+            save_model(self.model, path, component=component, router=router, rank=rank, size=size)
             return
         try:
-            save_hf_model(self.model, path, source=self.source, write=write)
+            save_hf_model(self.model, path, source=self.source, rank=rank, size=size)
         except InputError as error:  # days of training must not be lost for a moved folder
             rescue = Path(path).with_name(f"{Path(path).name}.own_names")
-            save_model(self.model, rescue, write=write)
+            save_model(self.model, rescue, rank=rank, size=size)
             raise InputError(f"{error}; the trained weights were saved to {rescue}") from error
 
 

@@ -66,6 +66,19 @@ def read_hf_source(path: str | Path) -> HFSource:
     Raises:
         InputError: not such a folder, an unknown architecture or quantisation, or a damaged file.
     """
+    config = read_hf_config(path)
+    path = Path(path)
+    find_family(config, str(path))
+    folder = open_tensors(path, config)
+    return HFSource(str(path.absolute()), config, folder.entries, folder.has_index)
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """A folder's config.json; nothing else need be there.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
     path = Path(path)
     if not is_hf_folder(path):
         raise InputError(f"{path} is not a Hugging Face model folder: it has no config.json")
@@ -75,9 +88,7 @@ def read_hf_source(path: str | Path) -> HFSource:
         raise InputError(f"{path / 'config.json'} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path / 'config.json'} is not a JSON object, but {config!r}")
-    find_family(config, str(path))
-    folder = open_tensors(path, config)
-    return HFSource(str(path.absolute()), config, folder.entries, folder.has_index)
+    return config
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:

@@ -4,7 +4,7 @@ import functools
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,8 @@ from torch import nn
 
 from moe_builders.checkpoint.folder import (
     INDEX_NAME,
-    MAX_FILE_BYTES,
     TensorSource,
     check_output_folder,
-    copy_other_files,
-    publish,
-    split_into_files,
-    write_tensors,
 )
 from moe_builders.checkpoint.quantized import open_tensors
 from moe_builders.checkpoint.stream import (
@@ -28,7 +23,15 @@ from moe_builders.checkpoint.stream import (
     load_pieces,
     materialize,
     model_shapes,
-    take_pieces,
+)
+from moe_builders.checkpoint.taking import take_pieces
+from moe_builders.checkpoint.writing import (
+    MAX_FILE_BYTES,
+    copy_other_files,
+    publish,
+    raise_alone,
+    split_into_files,
+    write_tensors,
 )
 from moe_builders.decoder import MoEDecoder
 from moe_builders.errors import InputError
@@ -112,71 +115,61 @@ def load_hf_model(
 
 
 def save_hf_model(
-    model: nn.Module, path: str | Path, *, source: HFSource, write: bool = True
+    model: nn.Module, path: str | Path, *, source: HFSource, rank: int = 0, size: int = 1
 ) -> None:
     """Write a model back in the layout, dtypes and files of its source.
 
     config.json, tokenizer and other small files are copied as they are; tensors the model has no
     place for are carried over. What was quantised is written as bf16, and config.json then says so.
-    The folder appears under its name only when complete.
+    The folder appears under its name only when complete. Several processes write as many files at a
+    time; each collects the tensors of its own file and no others.
 
     Args:
         model: sharded or not; with more than one process all must call.
-        path: folder to write; replaced if it is there.
+        path: folder to write, the same for all processes; replaced if it is there.
         source: where the model came from.
-        write: True on the one process that writes.
+        rank: this process, 0 … size-1.
+        size: number of processes that hold the model and write it.
 
     Raises:
         InputError: the path is a file, the source itself or above it, the source folder is gone,
-            or the model is not the source's.
+            or the model is not the source's; on every process, whichever found it.
     """
-    origin = Path(source.folder)
-    if not is_hf_folder(origin):
-        raise InputError(
-            f"{origin}, which this model came from, is gone; its config and tokenizer files are "
-            "needed for the export: put it back"
-        )
-    target, origin = Path(path).resolve(), origin.resolve()
-    if target in (origin, *origin.parents):
-        raise InputError(
-            f"writing {target} would replace the model's own source {origin}: "
-            "choose another output folder"
-        )
-    plan = _checked_plan(model, source)
+    agree = raise_together if size > 1 else raise_alone
+    plan, problem = [], None
+    try:
+        _check_source_is_safe(path, source)
+        plan = _checked_plan(model, source)
+    except InputError as error:
+        problem = error
+    agree(problem)
+    origin = Path(source.folder).resolve()
     modelled = {piece.disk for piece in plan}
     dtypes = {name: _TORCH_DTYPES[source.tensors[name].dtype] for name in modelled}
-    take = take_pieces(model, plan, dtypes, keep=write)
+    take = take_pieces(model, plan, dtypes, rank=rank)
 
     @functools.cache  # looks at every file; most folders need none of it
     def stored() -> TensorSource:
         return open_tensors(origin, source.config)
 
-    def tensors_of(names: list[str]) -> dict[str, torch.Tensor]:
-        tensors = take([name for name in names if name in modelled])
-        if write:
-            for name in names:
-                if name not in modelled:
-                    whole = (slice(None),) * len(source.tensors[name].shape)
-                    tensors[name] = stored().read(name, whole)
+    def tensors_of(names_by_process: Sequence[list[str]]) -> dict[str, torch.Tensor]:
+        tensors = take([[n for n in names if n in modelled] for names in names_by_process])
+        for name in names_by_process[rank]:
+            if name not in modelled:
+                whole = (slice(None),) * len(source.tensors[name].shape)
+                tensors[name] = stored().read(name, whole)
         return tensors
 
     names_by_file: dict[str, list[str]] = defaultdict(list)
     for name, entry in source.tensors.items():
         names_by_file[entry.file].append(name)
-    with publish(path, write=write, agree=raise_together) as folder:
+    with publish(path, rank=rank, agree=agree) as folder:
         write_tensors(
-            folder, names_by_file, tensors_of, with_index=source.has_index, write=write,
-            agree=raise_together,
+            folder, names_by_file, tensors_of, with_index=source.has_index, rank=rank, size=size,
+            agree=agree,
         )  # fmt: skip
-        if write:
-            copy_other_files(origin, folder)
-            if source.is_quantized:  # the export is not
-                config = folder / "config.json"
-                text = unquantized_config((origin / "config.json").read_bytes().decode())
-                config.unlink()  # may have been copied with its write protection
-                config.write_bytes(text.encode())
-            elif source.has_index and (origin / INDEX_NAME).is_file():
-                shutil.copy2(origin / INDEX_NAME, folder)  # same files, and metadata as it was
+        if rank == 0:
+            _copy_the_rest(origin, folder, source)
 
 
 def create_hf_model(
@@ -215,9 +208,8 @@ def create_hf_model(
     write_tensors(
         path,
         files,
-        take_pieces(model, plan, dtypes, keep=True),
+        take_pieces(model, plan, dtypes),
         with_index=len(files) > 1,
-        write=True,
     )
     written = {name: value for name, value in config.items() if name != "quantization_config"}
     (path / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -227,6 +219,33 @@ def carried_over(model: nn.Module, source: HFSource) -> list[str]:
     """The source's tensors that the model has no place for; an export carries them over."""
     planned = {piece.disk for piece in _checked_plan(model, source)}
     return [name for name in source.tensors if name not in planned]
+
+
+def _check_source_is_safe(path: str | Path, source: HFSource) -> None:
+    origin = Path(source.folder)
+    if not is_hf_folder(origin):
+        raise InputError(
+            f"{origin}, which this model came from, is gone; its config and tokenizer files are "
+            "needed for the export: put it back"
+        )
+    target, origin = Path(path).resolve(), origin.resolve()
+    if target in (origin, *origin.parents):
+        raise InputError(
+            f"writing {target} would replace the model's own source {origin}: "
+            "choose another output folder"
+        )
+
+
+def _copy_the_rest(origin: Path, folder: Path, source: HFSource) -> None:
+    """What is not weights; of config.json and the index what still holds."""
+    copy_other_files(origin, folder)
+    if source.is_quantized:  # the export is not
+        config = folder / "config.json"
+        text = unquantized_config((origin / "config.json").read_bytes().decode())
+        config.unlink()  # may have been copied with its write protection
+        config.write_bytes(text.encode())
+    elif source.has_index and (origin / INDEX_NAME).is_file():
+        shutil.copy2(origin / INDEX_NAME, folder)  # same files, and metadata as it was
 
 
 def _checked_plan(model: nn.Module, source: HFSource) -> list[Piece]:

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from moe_builders.dispatch import Assigned, Dispatcher, dispatch_locally
 from moe_builders.errors import InputError
 from moe_builders.experts.builders import latent_projection, moe_experts, shared_experts
 from moe_builders.ops.activations import Activation
-from moe_builders.ops.permute import combine_rows, gather_rows
 from moe_builders.routers.capacity import Capacity
 from moe_builders.routers.gate import JitterKind, check_gate, real_rows
 from moe_builders.routers.scores import ScoreFunction, WeightsFrom
@@ -36,6 +36,8 @@ class MoE(nn.Module):
         capacity: how many tokens an expert takes at most; None: all that come (dropless).
         latent_down, latent_up: modules [t, d] -> [t, n] and back, so that the routed experts work
             in n dims; router and shared experts see d (Nemotron 3).
+        dispatcher: how tokens reach the experts; ``parallel.expert_parallel`` has those for experts
+            on several processes.
 
     Raises:
         InputError: unknown score_position, a shared_gate without shared_experts, one half of a
@@ -53,6 +55,7 @@ class MoE(nn.Module):
         capacity: Capacity | None = None,
         latent_down: nn.Module | None = None,
         latent_up: nn.Module | None = None,
+        dispatcher: Dispatcher = dispatch_locally,
     ) -> None:
         super().__init__()
         if score_position not in get_args(ScorePosition):
@@ -83,6 +86,7 @@ class MoE(nn.Module):
         self.score_position = score_position
         self.capacity = capacity
         self.latent_down, self.latent_up = latent_down, latent_up
+        self.dispatcher = dispatcher
         self.last_routing: Routing | None = None  # overwritten by every forward, never summed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,28 +121,30 @@ class MoE(nn.Module):
         if self.latent_down is not None:
             # a masked token may hold NaN, which a product would spread
             tokens = self.latent_down(real_rows(tokens, mask))
-        rows = gather_rows(tokens, routing.token_index, routing.slot_of)  # [a, d]
-        counts, weights = routing.num_tokens_per_expert, routing.weights
-        if routing.input_weights is not None:
-            rows = rows * routing.input_weights[:, None].to(rows.dtype)
-        row_weights = output_weights = None
-        if self.score_position == "before":
-            rows = rows * weights[:, None].to(rows.dtype)
-            if routing.slot_of is None and routing.input_weights is not None:
-                # a row in excess (``Capacity.pad``) is 0, but an expert with biases answers
-                output_weights = (routing.input_weights != 0).to(weights.dtype)
-        elif self.score_position == "mid":
-            row_weights = weights
-        else:
-            output_weights = weights
-        answers = self.experts(rows, counts, row_weights)  # [a, d]
-        out = combine_rows(
-            answers, output_weights, routing.token_index, routing.slot_of, tokens.shape[0]
-        )
+        out = self.dispatcher(tokens, self._assigned(routing), self.experts)
         if self.latent_up is None:
             return out
         out = self.latent_up(out)
         return out if mask is None else torch.where(mask[:, None], out, 0)  # a bias has no mask
+
+    def _assigned(self, routing: Routing) -> Assigned:
+        given, weights = routing.input_weights, routing.weights
+        before = mid = after = None
+        if self.score_position == "before":
+            before = weights
+            if routing.slot_of is None and given is not None:
+                # a row in excess (``Capacity.pad``) is 0, but an expert with biases answers
+                after = (given != 0).to(weights.dtype)
+        elif self.score_position == "mid":
+            mid = weights
+        else:
+            after = weights
+        if given is not None:
+            before = given if before is None else given * before
+        return Assigned(
+            routing.token_index, routing.num_tokens_per_expert, routing.slot_of,
+            input_weights=before, row_weights=mid, output_weights=after,
+        )  # fmt: skip
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -35,7 +35,10 @@ from moe_builders.losses import IGNORE_INDEX, cross_entropy_sum
 from moe_builders.moe import collect_routing, moe_layer_names
 from moe_builders.parallel.grad_norm import GradNorm, clip_gradients
 from moe_builders.parallel.launch import launch
+from moe_builders.parallel.own_time import OwnTime
+from moe_builders.parallel.plan import describe_mesh
 from moe_builders.parallel.sharding import needs_sharding, shard_model
+from moe_builders.parallel.shared_folder import check_shared_folder
 from moe_builders.parallel.world import World, open_world
 from moe_builders.router_control import (
     control_routers,
@@ -109,6 +112,7 @@ def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> 
             world,
             compute_dtype=compute_dtype,
             reshard_after_forward=config.reshard_after_forward,
+            dispatcher=config.ep_dispatcher,
         )
     base.fill(world.device, weights=weights, show=world.is_first)
     return base
@@ -220,7 +224,7 @@ def train_step(
             + losses.z_coef * router["z"] + losses.own_coef * router["own"]
         )  # fmt: skip
         watch_output(model, loss)
-        (loss * world.size).backward()  # FSDP averages over processes; the mean is already whole
+        loss.backward()  # gradients are added up over processes: this is one's part of the mean
         parts = lm_sum / num_labels, router["balance"], router["z"], router["own"]
         sums += torch.stack(parts).detach()
     sums, load, tally = world.sum(sums), world.sum(load), world.sum(tally)
@@ -259,6 +263,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
     """Prepare everything, train, validate, save."""
     output = Path(config.output_dir)
     check_paths(output, base_model=config.base_model)
+    check_shared_folder(output, world)
     find_router(config.router)
     plots = Plots(output / "plots") if config.plots else None
     require_gpu(
@@ -274,7 +279,10 @@ def run(config: RecipeConfig, world: World) -> Trained:
         val_loader = build_loader(config, world, tokenizer, validation=True)
     lengths = {"epochs": config.epochs, "max_steps": config.max_steps}
     total_steps(loader, **lengths)  # a mistake here is said before the model is loaded
-    checkpoints = RunCheckpoints(output / "checkpoints", world=world, keep_last=config.keep_last)
+    checkpoints = RunCheckpoints(
+        output / "checkpoints", world=world, keep_last=config.keep_last,
+        background=config.enable_async_checkpointing,
+    )  # fmt: skip
     start = find_checkpoint(config.resume, checkpoints)
     base = build_model(config, world, weights=start.checkpoint is None)
     model = base.model
@@ -292,6 +300,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
     kept = keeper.restore(start)
     num_steps = total_steps(loader, **lengths, done=kept.step)
     scheduler = build_scheduler(config.lr_scheduler, optimizer, num_steps=num_steps, done=kept.step)
+    own_time = OwnTime(world, optimizer)
     watch = model.probe = FiniteWatch(num_layers=len(model.layers))
     profiler = StepProfiler(
         output / "profile", rank=world.rank, num_steps=num_steps, **asdict(config.profiler)
@@ -314,12 +323,13 @@ def run(config: RecipeConfig, world: World) -> Trained:
 
     def save_at(step: int) -> None:
         reporter.flush()  # a loss that is not finite stops here, before it is saved
-        reporter.say(f"saved {keeper.save(step, reporter.shown())}", *checkpoints.notes)
+        reporter.say(*keeper.save(step, reporter.shown()))
 
     number = kept.step
     # closed also when a step fails: the bar must not swallow the message
-    with profiler, closing(reporter), catch_stop_signals() as request:
+    with profiler, closing(reporter), catch_stop_signals() as request, checkpoints:
         reporter.say(
+            *describe_mesh(world.shape, dispatcher=config.ep_dispatcher),
             *kept.notes, *loader.notes, *base.notes, *describe_routing(model),
             *describe_unquantized(optimizer, model),
             *describe_schedule(config.lr_scheduler, num_steps=num_steps),
@@ -331,10 +341,13 @@ def run(config: RecipeConfig, world: World) -> Trained:
         steps = islice(loader.steps(epochs=config.epochs), left)
         started = time.perf_counter()
         for number, step in enumerate(steps, start=kept.step + 1):
+            world.doing(f"step {number}")
+            own_time.loaded(time.perf_counter() - started)
             values: dict[str, Any] = {**train_step(model, step, config, world, stop=request.asked)}
             values |= learning_rates(optimizer)
             watched = watch.take(model.named_parameters())
             values["grad_norm"] = update(stepper, scheduler, config)
+            values |= own_time.take()
             teach_routers(model, values.pop("tally"))  # biases and thresholds: once a step
             report(reporter, number, values, watched, time.perf_counter() - started, used, world)
             profiler.step()  # may write for seconds: no part of a step's time
@@ -351,6 +364,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
             started = time.perf_counter()
         if stopped:
             save_at(number)
+            reporter.say(*keeper.finish())
             reporter.say(f"stopped by {request.name} at step {number} of {num_steps}: the same "
                          "command with resume=auto (the default) goes on from here")  # fmt: skip
             return Trained(reporter.history, reporter.validations, None, request.exit_code)
@@ -362,8 +376,9 @@ def run(config: RecipeConfig, world: World) -> Trained:
         validation_at(number)  # a stream may have ended before max_steps
         if config.checkpoint_every_n_steps is not None:
             save_at(number)
+        reporter.say(*keeper.finish())
         folder = output / "model"
-        base.save(folder, write=world.is_first)
+        base.save(folder, rank=world.rank, size=world.size)
         world.barrier()
         reporter.say(f"saved {folder}")
     return Trained(reporter.history, reporter.validations, folder)
@@ -408,7 +423,7 @@ def main(config: RecipeConfig) -> Trained:
     """Train as the configuration says; on every process of the launch."""
     with open_world(
         device=config.device, dp_replicate=config.dp_replicate, dp_shard=config.dp_shard,
-        deterministic=config.deterministic,
+        ep=config.ep, timeout_minutes=config.timeout_minutes, deterministic=config.deterministic,
     ) as world:  # fmt: skip
         return run(config, world)
 

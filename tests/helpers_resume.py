@@ -18,7 +18,8 @@ MODEL = {"_component_": "moe_builders.families.qwen3_moe.qwen3_moe", "vocab_size
          "embed_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
          "num_experts": 8, "experts_per_token": 2, "expert_hidden_dim": 32,
          "max_seq_len": 128}  # fmt: skip
-TIMES = ("tokens_per_second", "mfu", "peak_rss_gib", "peak_memory_gib")
+TIMES = ("tokens_per_second", "mfu", "peak_rss_gib", "peak_memory_gib", "slowest_rank",
+         "slowest_lag_seconds")  # fmt: skip
 WORDS = "the user asks an assistant and system answers in words of two four def return hello you"
 
 

@@ -94,7 +94,7 @@ def config(output_dir, **changes):
 
 def first_step(cfg):
     """Gradients, losses and router margin of the first step, gathered to whole tensors."""
-    with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate) as world:
+    with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate, ep=cfg.ep) as world:
         torch.manual_seed(cfg.seed)
         model = recipe.build_model(cfg, world).model
         loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
@@ -153,7 +153,7 @@ def steps_of(cfg):
 
     The local tensors of all processes are compared where they are copies of one shard.
     """
-    with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate) as world:
+    with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate, ep=cfg.ep) as world:
         torch.manual_seed(cfg.seed)
         with torch.compiler.set_stance("force_eager"):
             model = recipe.build_model(cfg, world).model

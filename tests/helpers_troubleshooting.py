@@ -226,6 +226,15 @@ def _damaged(place, monkeypatch):
     return overrides
 
 
+def _changed(place, monkeypatch):
+    overrides = _saved(place, monkeypatch)
+    path = place / "out/checkpoints/step_00000002/rank_0.json"
+    data = bytearray(path.read_bytes())
+    data[99] ^= 1
+    path.write_bytes(data)
+    return overrides
+
+
 def _signal(number):
     def setup(place, monkeypatch):
         node = f"{{_component_: helpers_troubleshooting.Interrupted, number: {int(number)}}}"
@@ -258,6 +267,7 @@ SETUPS = {
         (place / "code/model/mine.py").write_text("mine"))[2:],
     SAVED: _saved,
     "the newest checkpoint is damaged": _damaged,
+    "a byte of the newest checkpoint has changed": _changed,
     "an own data set of 7 short samples and a long one": lambda place, patch: [
         "dataset={_component_: helpers_troubleshooting.Long}", "shuffle=false"],
     "Ctrl-C": _signal(signal.SIGINT),

@@ -1,7 +1,8 @@
 """Parameters without a model, boxes of them for processes that are not there, and real ranks."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_builders.checkpoint import stream
 from moe_builders.checkpoint.folder import SINGLE_NAME, TensorFolder
+from moe_builders.checkpoint.taking import take_pieces
 from moe_builders.parallel.sharding import LocalShard, shard_model
 from moe_builders.parallel.world import open_world
 from moe_builders.pieces import Piece
@@ -75,14 +77,31 @@ class Recorder(TensorFolder):
         return value
 
 
+@contextmanager
+def count_received() -> Iterator[list[int]]:
+    """Bytes of each message that comes in, point to point, while inside."""
+    received: list[int] = []
+    exchange = torch.distributed.batch_isend_irecv
+
+    def counted(operations: list[torch.distributed.P2POp]) -> list[torch.distributed.Work]:
+        assert all(op.tensor.dtype is torch.uint8 for op in operations)  # what any backend sends
+        coming = (op for op in operations if op.op is torch.distributed.irecv)
+        received.extend(op.tensor.nbytes for op in coming)
+        return exchange(operations)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "batch_isend_irecv", counted)
+        yield received
+
+
 def there_and_back(
     rows: tuple[Row, ...], shapes: dict[str, tuple[int, ...]], path: str
 ) -> dict[str, object]:
     """On each rank: load a folder into shards and take it out again; what went wrong, and sizes.
 
     Returns:
-        The parameters put together again; names on disk whose bits changed; bytes read and bytes
-        held by all ranks; how many parameters were gathered.
+        The parameters put together again; names on disk whose bits changed; bytes read, held and
+        received by all ranks together.
     """
     with open_world(device="cpu") as world:
         with torch.device("meta"):
@@ -97,21 +116,20 @@ def there_and_back(
         held = sum(tensor.to_local().numel() for tensor in state.values())
         sums = torch.tensor([sum(size for _, size in folder.reads), 4 * held])
         torch.distributed.all_reduce(sums)
-        stored, gathered = load_file(Path(path) / SINGLE_NAME), []
+        stored = load_file(Path(path) / SINGLE_NAME)
         dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-        with pytest.MonkeyPatch.context() as patch:
-            gather = stream.whole_tensor
-            patch.setattr(stream, "whole_tensor", lambda t: (gathered.append(1), gather(t))[1])
-            keep = world.rank == 0
-            taken = stream.take_pieces(model, plan, dtypes, keep=keep)(list(stored))
+        dealt = [list(stored)[rank :: world.size] for rank in range(world.size)]
+        with count_received() as received:
+            taken = take_pieces(model, plan, dtypes, rank=world.rank)(dealt)
+        assert list(taken) == dealt[world.rank]
         changed = [name for name in taken if not torch.equal(taken[name], stored[name])]
-        answers = [(list(taken), changed)]
-        torch.distributed.broadcast_object_list(answers)
+        everybody = world.gather_objects((list(taken), changed, sum(received)))
+        names, wrong, sizes = zip(*everybody, strict=True)
         return {
             "whole": {name: tensor.full_tensor().detach() for name, tensor in state.items()},
-            "taken": answers[0][0],
-            "changed": answers[0][1],
+            "taken": [name for each in names for name in each],
+            "changed": [name for each in wrong for name in each],
             "read": int(sums[0]),
             "held": int(sums[1]),
-            "gathered": len(gathered),
+            "received": sum(sizes),
         }

@@ -44,7 +44,7 @@ def test_a_hugging_face_folder_waits_on_the_meta_device_and_leaves_as_it_came(fo
     reference, _ = load_hf_model(folder)
     wanted = weights(reference)
     assert all(torch.equal(value, wanted[name]) for name, value in weights(model).items())
-    base.save(tmp_path / "out", write=True)
+    base.save(tmp_path / "out")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -76,7 +76,7 @@ def test_without_init_std_the_modules_own_values_stay():
 
 def test_a_folder_of_our_own_goes_on_where_it_stopped(tmp_path):
     first = opened(component=OWN, seed=9, init_std=0.3)
-    first.save(tmp_path / "saved", write=True)
+    first.save(tmp_path / "saved")
     marker = json.loads((tmp_path / "saved/moe_builders.json").read_text())
     assert marker["component"] == OWN
     second = opened(tmp_path / "saved", OWN, seed=1)
@@ -84,7 +84,7 @@ def test_a_folder_of_our_own_goes_on_where_it_stopped(tmp_path):
     second.fill(CPU)
     wanted = weights(first.model)
     assert all(torch.equal(value, wanted[name]) for name, value in weights(second.model).items())
-    second.save(tmp_path / "again", write=True)
+    second.save(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (
         tmp_path / "saved/model.safetensors"
     ).read_bytes()
@@ -98,7 +98,7 @@ def test_weights_are_rescued_when_their_layout_is_gone(folder, tmp_path):
     trained = weights(base.fill(CPU))
     shutil.rmtree(tmp_path / "moved")
     with pytest.raises(InputError, match=r"is gone; .* saved to .*/run/model.own_names$"):
-        base.save(tmp_path / "run/model", write=True)
+        base.save(tmp_path / "run/model")
     assert not (tmp_path / "run/model").exists()
     rescued = load_file(tmp_path / "run/model.own_names/model.safetensors")
     assert rescued.keys() == trained.keys()
@@ -107,7 +107,7 @@ def test_weights_are_rescued_when_their_layout_is_gone(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_all_parameters_are_stored_alike_but_routers_in_no_less_than_fp32(folder, tmp_path, dtype):
-    opened(component=OWN).save(tmp_path / "own", write=True)
+    opened(component=OWN).save(tmp_path / "own")
     for base in (
         opened(folder, dtype=dtype),
         opened(component=OWN, dtype=dtype),
@@ -133,7 +133,7 @@ def test_all_parameters_are_stored_alike_but_routers_in_no_less_than_fp32(folder
     ],
 )  # fmt: skip
 def test_what_does_not_make_a_model(folder, tmp_path, give, message):
-    opened(component=OWN).save(tmp_path / "own", write=True)
+    opened(component=OWN).save(tmp_path / "own")
     with pytest.raises(InputError, match=message) as caught:
         opened(*give(folder, tmp_path / "own"))
     assert "\n" not in str(caught.value)
@@ -159,7 +159,7 @@ def test_both_ends_of_a_run(folder, tmp_path):
         check_paths(tmp_path / "out", base_model=None)
     (tmp_path / "out/torchtune_config.yaml").touch()
     check_paths(tmp_path / "out", base_model=None)
-    opened(component=OWN).save(tmp_path / "deep/model/inside", write=True)
+    opened(component=OWN).save(tmp_path / "deep/model/inside")
     with pytest.raises(InputError, match="replace base_model"):
         check_paths(tmp_path / "deep", base_model=str(tmp_path / "deep/model/inside"))
     with pytest.raises(InputError, match="nowhere is not a folder"):
@@ -175,7 +175,7 @@ def test_weights_are_not_lost_when_the_source_has_gone(folder, tmp_path):
     model = base.fill(CPU)
     shutil.rmtree(source)
     with pytest.raises(InputError, match=r"is gone.*trained weights were saved to .*own_names"):
-        base.save(tmp_path / "model", write=True)
+        base.save(tmp_path / "model")
     rescued = load_file(tmp_path / "model.own_names/model.safetensors")
     assert all(torch.equal(rescued[name], value) for name, value in model.state_dict().items())
 

@@ -2,19 +2,30 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from moe_builders.activations import count_activations
+from moe_builders.generic import moe_transformer
+from moe_builders.losses import cross_entropy_sum
+from moe_builders.parallel.plan import MeshShape
+from moe_builders.parallel.traffic import Collective
+from moe_builders.parallel.world import open_world
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import balance  # noqa: E402
+import collectives  # noqa: E402
 import import_cost  # noqa: E402
 import measuring  # noqa: E402
+import scaling  # noqa: E402
 import train_step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -147,3 +158,103 @@ def test_the_page_on_balancing_shows_what_was_measured():
     measured = json.loads((ROOT / "benchmarks/results/balance_cpu.json").read_text())
     assert list(measured["runs"]) == list(balance.WAYS)
     assert balance.table(measured["runs"]) in (ROOT / "docs/balancing.md").read_text()
+
+
+def page_on_scaling():
+    text = (ROOT / "docs/scaling.md").read_text()
+    marked = re.search(r"<!-- begin: python benchmarks/scaling.py -->\n\n(.*)\n<!-- end -->", text,
+                       re.DOTALL)  # fmt: skip
+    assert marked is not None
+    return marked[1]
+
+
+def test_the_page_on_scaling_shows_what_is_computed():
+    """Rows of one model; ``test_all_of_the_page_on_scaling`` has the others."""
+    page = page_on_scaling()
+    for line in scaling.table("30B", (8, 256)).splitlines():
+        assert line in page
+
+
+@pytest.mark.full
+def test_all_of_the_page_on_scaling():
+    assert page_on_scaling() == scaling.tables(list(scaling.MODELS), scaling.GPUS)
+
+
+def test_bounds_of_a_step_by_hand():
+    """A second to compute, two that can be hidden, a half that cannot."""
+    gathered = Collective("", "all_gather", "dp_shard", 8, 1, 8 / 7 * 2 * scaling.NVLINK)
+    rows = Collective("", "all_to_all", "ep", 16, 1, 2 * 0.5 * scaling.NETWORK, waits=True)
+    plan = SimpleNamespace(
+        step_flops=scaling.PEAK * scaling.SHARE, collectives=[gathered, rows],
+        settings=SimpleNamespace(mesh=MeshShape(1, 8, 1)),
+        memory=SimpleNamespace(peak=0.92 * 80e9),
+    )  # fmt: skip
+    outcome = scaling.Outcome(plan, "")
+    assert outcome.compute == 1
+    assert outcome.seconds == pytest.approx((2.5, 3.5))
+    assert outcome.inside == pytest.approx(2 * scaling.NVLINK + 7 / 16 * scaling.NETWORK)
+    assert outcome.outside == pytest.approx(0.5 * scaling.NETWORK)
+    assert outcome.fits == "H100"
+    plan.memory.peak += 1e6
+    assert outcome.fits == "H200"
+    plan.memory.peak = 0.93 * 141e9
+    assert outcome.fits == "no"
+
+
+def test_the_best_mesh():
+    def of(fits, seconds, peak=0):
+        plan = SimpleNamespace(memory=SimpleNamespace(peak=peak))
+        return SimpleNamespace(fits=fits, seconds=seconds, plan=plan)
+
+    quick, slow, large = of("H100", (1, 2)), of("H100", (1, 3)), of("H200", (0, 1))
+    assert scaling.best([large, slow, quick]) is quick
+    assert scaling.best([of("no", (0, 0)), large]) is large
+    least = of("no", (9, 9), peak=1)
+    assert scaling.best([of("no", (0, 0), peak=2), least]) is least
+
+
+def test_shares_of_collectives_by_hand():
+    steps = [{"seconds": 2.0, "inside": {"all_reduce": 0.5, "all_gather_single": 0.5}},
+             {"seconds": 4.0, "inside": {"all_reduce": 3.0}},
+             {"seconds": 1.0, "inside": {}}]  # fmt: skip
+    found = collectives.summary(steps)
+    assert found["seconds"] == 2.0
+    assert found["share"] == [0.0, 0.5, 0.75]
+    assert found["by_collective"] == {"all_reduce": 0.25, "all_gather_single": 0.0}
+    alone = {"seconds": 1.0, "share": [0.0, 0.0, 0.0]}
+    last = collectives.table({"one process": alone, "two": found}).splitlines()[-1]
+    assert last == "| two | 2.00 | 50 % | 0 % to 75 % |"
+
+
+def test_collectives_are_timed_once_and_put_back():
+    before = torch.distributed.all_reduce
+    with open_world(device="cpu"), collectives.timed_collectives() as inside:
+        torch.distributed.all_reduce(torch.ones(3))
+        torch.distributed.all_reduce(torch.ones(3))
+    assert torch.distributed.all_reduce is before
+    assert set(inside) == {"all_reduce"}
+    assert inside["all_reduce"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_take_what_the_plan_says(dtype):
+    """One process, a vocabulary that outweighs all else: the peak of a step."""
+    model = moe_transformer(
+        vocab_size=24000, embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
+        num_experts=4, experts_per_token=2, expert_hidden_dim=32, max_seq_len=512,
+    ).to(dtype)  # fmt: skip
+    tokens = torch.randint(0, 24000, (2, 256))
+
+    def forward():
+        return cross_entropy_sum(model(tokens), tokens)  # logits end here, as in the recipe
+
+    def step():
+        loss = forward()
+        loss.backward()
+        model.zero_grad()
+
+    step()  # the first one leaves what the next one finds
+    wanted = count_activations(
+        model, num_tokens=512, mask_len=0, compute_dtype=dtype, checkpointing=False
+    )
+    assert wanted.logits + wanted.kept == pytest.approx(measuring.peak_bytes(step, CPU), rel=0.05)

@@ -8,7 +8,8 @@ from moe_builders import MoE, TokenInfo, collect_routing, moe_decoder, moe_layer
 from moe_builders.attention.gqa import GroupedQueryAttention
 from moe_builders.errors import InputError
 from moe_builders.initialization import initialize
-from moe_builders.parallel.sharding import shard_model, sharding_plan
+from moe_builders.parallel.plan import sharding_plan
+from moe_builders.parallel.sharding import shard_model
 from moe_builders.parallel.world import open_world
 
 

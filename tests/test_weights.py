@@ -8,7 +8,7 @@ import torch
 from helpers_weights import Parameters, cut, load_in_boxes
 from safetensors.torch import save_file
 
-from moe_builders.checkpoint import stream
+from moe_builders.checkpoint import stream, taking
 from moe_builders.checkpoint.folder import SINGLE_NAME, TensorFolder
 from moe_builders.families import qwen3_moe
 from moe_builders.pieces import Piece
@@ -129,6 +129,6 @@ def test_any_shards_loaded_one_by_one_give_back_the_folder(tmp_path, seed):
     boxes = {name: cut(shape, dice) for name, shape in shapes.items()}
     load_in_boxes(model, plan, folder, boxes)
     dtypes = dict.fromkeys(stored, torch.bfloat16)
-    taken = stream.take_pieces(model, plan, dtypes, keep=True)(list(stored))
+    taken = taking.take_pieces(model, plan, dtypes)([list(stored)])
     assert taken.keys() == stored.keys()
     assert all(torch.equal(taken[name], stored[name]) for name in stored)

@@ -1,19 +1,12 @@
-"""A folder of safetensors files: what is in it, a slice of one tensor, and writing a new one."""
+"""A folder of safetensors files: what is in it and a slice of one tensor; where one may be made."""
 
 import io
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_builders.checkpoint.safetensors_file import Place, read_header, read_region
@@ -21,10 +14,7 @@ from moe_builders.errors import InputError, lfs_pointer
 from moe_builders.instantiate import first_line
 
 INDEX_NAME = "model.safetensors.index.json"
-MAX_FILE_BYTES = 5_000_000_000  # while it is written, all of a file is in memory
 SINGLE_NAME = "model.safetensors"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-_PT = {"format": "pt"}  # what transformers asks for
 
 
 @dataclass(frozen=True)
@@ -123,143 +113,6 @@ class TensorFolder:
         return files
 
 
-def split_into_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """File names as transformers has them, and the tensors of each in order.
-
-    Args:
-        sizes: bytes of each tensor.
-        max_bytes: of a file, unless a single tensor has more; what fits is one file.
-    """
-    files: list[list[str]] = [[]]
-    room = max_bytes
-    for name, size in sizes.items():
-        if size > room and files[-1]:
-            files.append([])
-            room = max_bytes
-        files[-1].append(name)
-        room -= size
-    if len(files) == 1:
-        return {SINGLE_NAME: files[0]}
-    total = len(files)
-    return {f"model-{n:05d}-of-{total:05d}.safetensors": found for n, found in enumerate(files, 1)}
-
-
-def raise_alone(error: InputError | None) -> None:
-    """Raise the error, if there is one."""
-    if error is not None:
-        raise error
-
-
-def write_tensors(
-    folder: Path,
-    names_by_file: Mapping[str, list[str]],
-    tensors_of: Callable[[list[str]], dict[str, Tensor]],
-    *,
-    with_index: bool,
-    write: bool,
-    agree: Callable[[InputError | None], None] = raise_alone,
-) -> None:
-    """Write safetensors files one at a time, so that one file's tensors are in memory at most.
-
-    Args:
-        folder: an existing folder.
-        names_by_file: which tensors go into which file.
-        tensors_of: gives a file's tensors; called on every process, as it may be collective.
-        with_index: also write the index.
-        write: False on processes that only take part in ``tensors_of``.
-        agree: called after each file with what went wrong here, to raise it (``raise_alone``, or
-            ``raise_together`` where other processes would wait for this one).
-
-    Raises:
-        InputError: a file cannot be written, or ``tensors_of`` raised one on any process.
-    """
-    total = 0
-    for file, names in names_by_file.items():
-        error, tensors = None, {}
-        try:
-            tensors = tensors_of(names)
-        except InputError as problem:  # a file that only the writing process reads
-            error = problem
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-        save = partial(save_file, tensors, folder / file, _PT)
-        agree(error or _failure(folder / file, write, save))
-        del tensors, save  # or the next file's would stand beside them in memory
-    if with_index:
-        weight_map = {name: file for file, names in names_by_file.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        path = folder / INDEX_NAME
-        agree(_failure(path, write, lambda: path.write_text(json.dumps(index, indent=2) + "\n")))
-
-
-def _failure(path: Path, write: bool, act: Callable[[], object]) -> InputError | None:
-    """Act where this process writes; what went wrong, as a sentence."""
-    try:
-        if write:
-            act()
-    except (OSError, SafetensorError) as error:
-        return InputError(f"{path} cannot be written: {first_line(error)}")
-    return None
-
-
-@contextmanager
-def publish(
-    path: str | Path,
-    *,
-    write: bool = True,
-    agree: Callable[[InputError | None], None] = raise_alone,
-) -> Iterator[Path]:
-    """Write a model folder aside, move it to its name when complete; an older one is replaced then.
-
-    Args:
-        path: the folder's name.
-        write: False on processes that write nothing.
-        agree: see ``write_tensors``; with ``raise_together`` all processes must call.
-
-    Yields:
-        The folder to write into (with ``write`` False: a path that must not be touched).
-
-    Raises:
-        InputError: the path is a file, or a folder that holds things but no model, or cannot be
-            written.
-    """
-    path = Path(path).resolve()  # beside the folder itself, not beside a link to it
-    check_output_folder(path)
-    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
-        raise InputError(
-            f"{path} would be replaced, but holds other files and no model: "
-            "choose another output path"
-        )
-    aside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-
-    def begin() -> None:
-        if old.exists() and not path.exists():
-            os.replace(old, path)  # stopped between the two moves below: old is all there is
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-
-    def move() -> None:
-        if path.exists():
-            os.replace(path, old)
-        os.replace(aside, path)
-        shutil.rmtree(old, ignore_errors=True)
-
-    agree(_failure(path, write, begin))
-    problem = None
-    try:
-        yield aside
-    except OSError as error:  # of what the caller wrote itself
-        problem = InputError(f"{path} cannot be written: {first_line(error)}")
-    except BaseException:
-        if write:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if problem is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-    agree(problem)
-    agree(_failure(path, write, move))
-
-
 def check_output_folder(path: str | Path) -> None:
     """Refuse an output path that is a file, or lies below one, before any work is done."""
     path = Path(path).absolute()
@@ -288,11 +141,3 @@ def check_writable(path: str | Path) -> None:
             f"output_dir {path} cannot be written ({error.strerror}): choose a folder that you "
             "may write to"
         ) from error
-
-
-def copy_other_files(origin: Path, folder: Path) -> None:
-    """Copy what is neither weights nor hidden: configuration, tokenizer, licence."""
-    for file in sorted(origin.iterdir()):
-        skipped = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not skipped and not file.name.startswith("."):
-            shutil.copy2(file, folder / file.name)

@@ -1,7 +1,7 @@
 """What a run keeps to be able to go on: written into a checkpoint, taken back out of one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,19 +86,24 @@ class RunKeeper:
         self.checkpoints, self.state, self.loader = checkpoints, state, loader
         self.settings, self.source, self.world = dict(settings), source, world
 
-    def save(self, step: int, shown: Mapping[str, Any]) -> Path:
-        """Write a checkpoint; every process calls.
+    def save(self, step: int, shown: Mapping[str, Any]) -> list[str]:
+        """Write a checkpoint, or begin to; every process calls.
 
         Args:
             step: optimizer steps done.
             shown: ``Reporter.shown``.
 
+        Returns:
+            Sentences on what was saved, what is being saved, and what could not be tidied up.
+
         Raises:
-            InputError: it could not be written, or the weights are not finite; earlier ones are
-                whole.
+            InputError: it, or the one that was being written until now, could not be written, or
+                the weights are not finite; earlier ones are whole.
         """
+        done = self.finish()
         facts = {
             "processes": self.world.size,
+            "mesh": asdict(self.world.shape),
             "torch": version("torch"),
             "moe_builders": version("moe-builders"),
             "config": self.settings,
@@ -109,7 +114,22 @@ class RunKeeper:
         own = {"random": random_state(self.world.device)}
         record = {key: shown[key] for key in _SHOWN}
         self.state.check_finite(step)
-        return self.checkpoints.save(step, self.state.tensors(), facts, own, record)
+        folder = self.checkpoints.save(step, self.state.tensors(), facts, own, record)
+        if self.checkpoints.in_flight is None:
+            return [*done, f"saved {folder}", *self.checkpoints.notes]
+        return [*done, f"saving {folder} while training goes on", *self.checkpoints.notes]
+
+    def finish(self) -> list[str]:
+        """Wait for what is being written; every process calls.
+
+        Returns:
+            A sentence on it; [] if nothing was.
+
+        Raises:
+            InputError: it could not be written; earlier ones are whole.
+        """
+        folder = self.checkpoints.wait()
+        return [] if folder is None else [f"saved {folder}"]
 
     def restore(self, start: Start) -> Kept:
         """Take everything back from a checkpoint; without one, a run starts at step 0.
@@ -135,10 +155,11 @@ class RunKeeper:
                 for change in config_changes(facts["config"], self.settings)
                 if not change.startswith(_UNREMARKABLE)
             ]
-            if facts["processes"] != self.world.size:
+            notes += self._other_processes(facts)
+            if not checkpoint.has_checksums:
                 notes.append(
-                    f"the checkpoint is of {facts['processes']} processes, now there are "
-                    f"{self.world.size}: sums are rounded in another order"
+                    f"{checkpoint.folder} is of an earlier version, without checksums: only the "
+                    "sizes of its files could be checked"
                 )
             if facts["torch"] != version("torch"):
                 notes.append(
@@ -146,7 +167,7 @@ class RunKeeper:
                     "losses may differ in the last digits"
                 )
             notes += self.loader.load_state_dict(facts["loader"])
-            self.state.load(checkpoint, facts["numbers"])
+            notes += self.state.load(checkpoint, facts["numbers"])
             own = checkpoint.rank_facts(self.world.rank)
             if own:
                 set_random_state(own["random"], self.world.device)
@@ -160,6 +181,15 @@ class RunKeeper:
                 f"{checkpoint.folder} is not a checkpoint of this kind of run: {first_line(error)}"
             ) from error
 
+    def _other_processes(self, facts: Mapping[str, Any]) -> list[str]:
+        was, now = facts.get("mesh"), asdict(self.world.shape)
+        if facts["processes"] == self.world.size and was in (None, now):
+            return []
+        return [
+            f"the checkpoint is of {_shown(facts['processes'], was)}, this run of "
+            f"{_shown(self.world.size, now)}: sums are rounded in another order"
+        ]
+
 
 def find_checkpoint(resume: str, checkpoints: RunCheckpoints) -> Start:
     """Where a run starts; every process calls.
@@ -170,7 +200,7 @@ def find_checkpoint(resume: str, checkpoints: RunCheckpoints) -> Start:
         checkpoints: of the run.
 
     Raises:
-        InputError: the folder is not a complete checkpoint.
+        InputError: the folder is not a complete checkpoint, or a file of it is damaged.
     """
     if resume == "never":
         return Start(None, [], own=False)
@@ -181,18 +211,28 @@ def find_checkpoint(resume: str, checkpoints: RunCheckpoints) -> Start:
                 "that is there"
             )
         chosen = read_checkpoint(resume)
+        damage = checkpoints.damage(chosen)
+        if damage is not None:
+            raise InputError(
+                f"{resume} is damaged ({damage}): name another checkpoint, or set resume=auto to "
+                "go on from the newest that is whole"
+            )
         own = chosen.folder.resolve().parent == checkpoints.folder.resolve()
         return Start(chosen, [], own=own)
-    found, problems = checkpoints.newest(), checkpoints.survey()
-    if found is None and problems:
-        folder, problem = problems[0]
+    found, passed = checkpoints.newest_unharmed()
+    if found is None and passed:
+        folder, problem = passed[0]
         raise InputError(
             f"none of the checkpoints in {checkpoints.folder} is whole ({folder.name}: {problem}): "
             "put one back, or start over with resume=never"
         )
-    passed = [
-        f"{folder} is passed over: {problem}"
-        for folder, problem in problems
-        if problem is not None and found is not None and folder.name > found.folder.name
-    ]
-    return Start(found, passed, own=True)
+    notes = [f"{folder} is passed over: {problem}" for folder, problem in passed]
+    return Start(found, notes, own=True)
+
+
+def _shown(processes: int, mesh: Mapping[str, int] | None) -> str:
+    """A number of processes, and how many lie along each axis of their mesh."""
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    if mesh is None:
+        return count
+    return f"{count} ({', '.join(f'{axis} {n}' for axis, n in mesh.items())})"

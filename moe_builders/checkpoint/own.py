@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_builders.checkpoint.folder import (
-    MAX_FILE_BYTES,
-    TensorFolder,
-    publish,
-    split_into_files,
-    write_tensors,
-)
+from moe_builders.checkpoint.folder import TensorFolder
 from moe_builders.checkpoint.stream import (
     check_complete,
     load_pieces,
     materialize,
     model_shapes,
-    take_pieces,
+)
+from moe_builders.checkpoint.taking import take_pieces
+from moe_builders.checkpoint.writing import (
+    MAX_FILE_BYTES,
+    publish,
+    raise_alone,
+    split_into_files,
+    write_tensors,
 )
 from moe_builders.parallel.sharding import raise_together
 from moe_builders.weights import make_plan, own_rows
@@ -33,32 +34,33 @@ def save_model(
     *,
     component: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
-    write: bool = True,
+    rank: int = 0,
+    size: int = 1,
 ) -> None:
     """Write a model's parameters and persistent buffers as they are.
+
+    The files are dealt out to the processes; see ``write_tensors``.
 
     Args:
         model: sharded or not; with more than one process all must call.
         path: folder to write; replaced if it is there.
         component: how the model is built (its ``_component_`` and arguments), kept for the reader.
         router: the component that took the place of its routers, if one did.
-        write: True on the one process that writes.
+        rank: this process, 0 … size-1.
+        size: number of processes that hold the model and write it.
     """
     shapes, state = model_shapes(model), model.state_dict()
     plan = make_plan(own_rows(shapes), shapes)
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     files = split_into_files(sizes, MAX_FILE_BYTES)
-    with publish(path, write=write, agree=raise_together) as folder:
+    agree = raise_together if size > 1 else raise_alone
+    take = take_pieces(model, plan, dtypes, rank=rank)
+    with publish(path, rank=rank, agree=agree) as folder:
         write_tensors(
-            folder,
-            files,
-            take_pieces(model, plan, dtypes, keep=write),
-            with_index=len(files) > 1,
-            write=write,
-            agree=raise_together,
+            folder, files, take, with_index=len(files) > 1, rank=rank, size=size, agree=agree
         )
-        if write:
+        if rank == 0:
             built = {"component": component} | ({} if router is None else {"router": router})
             text = json.dumps({"format": 1} | built, indent=2)
             (folder / MARKER_NAME).write_text(text + "\n")

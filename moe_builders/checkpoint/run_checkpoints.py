@@ -1,6 +1,6 @@
 """Checkpoints of a run: one folder a step, complete as soon as it has its name.
 
-    checkpoints/step_00000020/   run.json       where the run stood, and the size of every file
+    checkpoints/step_00000020/   run.json       where the run stood; size and checksum of every file
                                  record.json    what it has shown so far
                                  rank_0.json …  what differs by process (random streams)
                                  *.distcp       weights and optimizer state (DCP)
@@ -9,28 +9,32 @@ A folder is written as ``.step_00000020.partial``, flushed to the disk and renam
 that whatever has the name is whole; nothing that is being written or removed ever has it.
 """
 
-import errno
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from moe_builders.checkpoint.folder import check_output_folder
+from moe_builders.checkpoint.manifest import (
+    FACTS,
+    RECORD,
+    damage_in_share,
+    has_checksums,
+    named,
+    problem_of,
+    survey,
+)
+from moe_builders.checkpoint.saving import Background, Contents, Saver, rank_file
 from moe_builders.errors import InputError
 from moe_builders.instantiate import first_line
-from moe_builders.parallel.dcp import read_tensors_together, write_tensors_together
+from moe_builders.parallel.channel import Channel
+from moe_builders.parallel.dcp import copy_to_host, read_tensors_together
 from moe_builders.parallel.sharding import raise_together
 from moe_builders.parallel.world import World
-
-_NAME = re.compile(r"step_(\d+)")
-_FACTS, _RECORD = "run.json", "record.json"
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,18 @@ class Checkpoint:
     step: int
     facts: dict[str, Any]
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage inside its files can be told; not of those of earlier versions."""
+        return has_checksums(self.facts)
+
     def record(self) -> dict[str, Any]:
         """What was given as the record; long, so it is read when it is asked for."""
-        return json.loads((self.folder / _RECORD).read_text())
+        return json.loads((self.folder / RECORD).read_text())
 
     def rank_facts(self, rank: int) -> dict[str, Any]:
         """What process ``rank`` gave; {} if there was no such process."""
-        path = self.folder / _rank_file(rank)
+        path = self.folder / rank_file(rank)
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
@@ -62,18 +71,56 @@ class Checkpoint:
 
 
 class RunCheckpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run; as a context, its end waits for what is being written.
+
+    After an error inside the context the save in flight is completed if it can be, and the error
+    is what is told; Ctrl-C at once leaves it: what is half written never gets its name.
 
     Args:
         folder: made when the first is saved.
-        world: all processes call ``save`` and ``newest`` together.
+        world: all processes call ``save``, ``wait``, ``newest``, ``newest_unharmed`` and ``damage``
+            together.
         keep_last: older ones are removed when a new one is complete; None: never.
+        background: ``save`` copies the tensors to the host's memory and returns; a thread writes
+            them.
     """
 
-    def __init__(self, folder: str | Path, *, world: World, keep_last: int | None) -> None:
-        self.folder, self.world, self.keep_last = Path(folder), world, keep_last
-        self.notes: list[str] = []  # sentences on what could not be tidied up
+    def __init__(
+        self, folder: str | Path, *, world: World, keep_last: int | None, background: bool = False
+    ) -> None:
+        self.folder, self.world, self.background = Path(folder), world, background
+        self.saver = Saver(self.folder, keep_last=keep_last)
+        self._channel: Channel | None = None  # made at the first save
+        self._in_flight: tuple[Path, Background] | None = None
         self._trusted: set[Path] = set()  # written, or gone on from, by this run
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            return  # Ctrl-C: at once
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:
+                raise
+        finally:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what could not be tidied up."""
+        return list(self.saver.notes)
+
+    @property
+    def in_flight(self) -> Path | None:
+        """The checkpoint that is being written while training goes on."""
+        return None if self._in_flight is None else self._in_flight[0]
 
     def save(
         self,
@@ -86,7 +133,8 @@ class RunCheckpoints:
         """Write a checkpoint; one of that step that this run has written is left as it is.
 
         Any other folder of that name (damaged, or of a run that took another way) is replaced
-        when the new one is complete.
+        when the new one is complete. In the background, what is saved are the values of now; at
+        first the save in flight is waited for.
 
         Args:
             step: optimizer steps done.
@@ -96,47 +144,85 @@ class RunCheckpoints:
             record: JSON, the same on every process, and long.
 
         Raises:
-            InputError: a process could not write; on every process. What was complete stays.
+            InputError: a process could not write this one, or in the background the one before;
+                on every process. What was complete stays.
         """
-        target = self._named(step)
+        self.wait()
+        target = named(self.folder, step)
         if target in self._trusted:
             return target
-        partial = self.folder / f".{target.name}.partial"
-        try:
-            self._on_first(lambda: self._begin(partial))
-            write_tensors_together(tensors, partial)
-            self._on_all(lambda: _write_json(partial / self._rank_file, rank_facts))
-            self._on_first(lambda: self._publish(partial, target, step, facts, record or {}))
-        except InputError as error:
-            if self.world.is_first:  # makes room on a full disk
-                shutil.rmtree(partial, ignore_errors=True)
-            newest = self.newest()
-            last = "there is no earlier one" if newest is None else f"{newest.folder} is the last"
-            raise InputError(
-                f"the checkpoint {target} cannot be written: {error}; {last}: make room or mend "
-                "the folder, then launch the same command again"
-            ) from error
+        if self._channel is None:
+            self._channel = Channel(self.world, own=self.background)
+        channel, saver = self._channel, self.saver
+        contents = Contents(
+            step,
+            copy_to_host(tensors) if self.background else tensors,
+            json.dumps(dict(facts)),
+            json.dumps(dict(rank_facts)),
+            json.dumps(dict(record or {})) if channel.is_first else "",
+        )
+        if self.background:
+            self._in_flight = target, Background(lambda: saver.write(contents, channel))
+        else:
+            saver.write(contents, channel)
+            self._trusted.add(target)
+        return target
+
+    def wait(self) -> Path | None:
+        """Until the save in flight is complete; gives its folder, None if there was none.
+
+        Raises:
+            InputError: a process could not write it; on every process.
+        """
+        if self._in_flight is None:
+            return None
+        target, writing = self._in_flight
+        error = writing.join()  # a signal's handler may raise here: it is still in flight then
+        self._in_flight = None
+        if error is not None:
+            raise error
         self._trusted.add(target)
-        if self.world.is_first:
-            self._prune()
         return target
 
     def newest(self) -> Checkpoint | None:
-        """The complete checkpoint with the most steps; damaged ones are passed over."""
-        own = None
-        if self.world.is_first:  # one process looks: files may appear at other times elsewhere
-            own = next((str(folder) for folder, problem in self.survey() if problem is None), None)
-        found = self.world.gather_objects(own)[0]
-        return None if found is None else read_checkpoint(found)
+        """The complete checkpoint with the most steps, by names and sizes."""
+        whole = [folder for folder, problem in self._survey_together() if problem is None]
+        return read_checkpoint(whole[0]) if whole else None
+
+    def newest_unharmed(self) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+        """The newest whose files fit their checksums, and those passed over for it.
+
+        Returns:
+            The checkpoint, None if there is none; (folder, what is wrong with it), newest first.
+        """
+        passed = []
+        for folder, problem in self._survey_together():
+            if problem is None:
+                checkpoint = read_checkpoint(folder)
+                problem = self.damage(checkpoint)
+                if problem is None:
+                    return checkpoint, passed
+            passed.append((folder, problem))
+        return None, passed
+
+    def damage(self, checkpoint: Checkpoint) -> str | None:
+        """Read all files against their checksums, each process its share.
+
+        Returns:
+            What is wrong, the same on every process; None: nothing.
+        """
+        own = damage_in_share(
+            checkpoint.folder, checkpoint.facts, rank=self.world.rank, size=self.world.size
+        )
+        return next((found for found in self.world.gather_objects(own) if found is not None), None)
 
     def survey(self) -> list[tuple[Path, str | None]]:
-        """(folder, what is wrong with it or None), newest first."""
-        numbered = [
-            (int(match[1]), path)
-            for path in (self.folder.iterdir() if self.folder.is_dir() else ())
-            if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-        ]
-        return [(path, _problem(path)) for _, path in sorted(numbered, reverse=True)]
+        """(folder, what is wrong with it by names and sizes, or None), newest first."""
+        return survey(self.folder)
+
+    def _survey_together(self) -> list[tuple[Path, str | None]]:
+        # one process looks: files may appear at other times elsewhere
+        return self.world.gather_objects(self.survey() if self.world.is_first else None)[0]
 
     def start_from(self, step: int, *, own: bool) -> list[str]:
         """Make room for a run that goes on from a step; every process calls.
@@ -155,15 +241,20 @@ class RunCheckpoints:
             InputError: one cannot be moved.
         """
         moved: list[str] = []
-        self._on_first(lambda: moved.extend(self._move_newer(step if own else -1)))
+        problem = None
+        try:
+            if self.world.is_first:
+                moved = self._move_newer(step if own else -1)
+        except (OSError, InputError) as error:
+            problem = InputError(first_line(error))
+        raise_together(problem)
         if own and step:
-            self._trusted.add(self._named(step))
+            self._trusted.add(named(self.folder, step))
         return moved
 
     def _move_newer(self, step: int) -> list[str]:
-        newer = [
-            path for path, _ in self.survey() if path.name > self._named(step).name or step < 0
-        ]
+        own_name = named(self.folder, step).name
+        newer = [path for path, _ in self.survey() if path.name > own_name or step < 0]
         if not newer:
             return []
         number = 1
@@ -175,75 +266,6 @@ class RunCheckpoints:
         names = ", ".join(sorted(path.name for path in newer))
         return [f"moved to {aside}, since this run goes another way: {names}"]
 
-    def _named(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
-
-    @property
-    def _rank_file(self) -> str:
-        return _rank_file(self.world.rank)
-
-    def _begin(self, partial: Path) -> None:
-        check_output_folder(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step_*"):  # of a run that was killed
-            self._remove(leftover)
-        partial.mkdir()
-
-    def _publish(
-        self, partial: Path, target: Path, step: int, facts: Mapping[str, Any],
-        record: Mapping[str, Any],
-    ) -> None:  # fmt: skip
-        _write_json(partial / _RECORD, record)
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _write_json(
-            partial / _FACTS, {"format": _FORMAT, "step": step, "files": sizes} | dict(facts)
-        )
-        _flush_folder(partial)
-        replaced = target.with_name(f".{target.name}.replaced")
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(partial, target)
-        _flush_folder(self.folder)
-        if replaced.exists():
-            self._remove(replaced)
-
-    def _prune(self) -> None:
-        if self.keep_last is None:
-            return
-        complete = [folder for folder, problem in self.survey() if problem is None]
-        for folder in complete[self.keep_last :]:
-            doomed = folder.with_name(f".{folder.name}.removed")
-            try:
-                os.replace(folder, doomed)  # first the name: half a folder must not look whole
-            except OSError as error:
-                self._note(folder, error)
-            else:
-                self._remove(doomed)
-
-    def _remove(self, folder: Path) -> None:
-        """Delete; what cannot be deleted is no reason to end a healthy run."""
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            self._note(folder, error)
-
-    def _note(self, folder: Path, error: OSError) -> None:
-        note = f"{folder} cannot be removed: {first_line(error)}"
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def _on_first(self, act: Callable[[], object]) -> None:
-        self._on_all(act if self.world.is_first else lambda: None)
-
-    def _on_all(self, act: Callable[[], object]) -> None:
-        """Act; if that fails on one process, all of them raise its reason."""
-        problem = None
-        try:
-            act()
-        except (OSError, InputError) as error:
-            problem = InputError(first_line(error))
-        raise_together(problem)
-
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """One checkpoint by its folder.
@@ -252,48 +274,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         InputError: not a complete checkpoint; what is wrong is said.
     """
     folder = Path(folder)
-    problem = _problem(folder)
+    problem = problem_of(folder)
     if problem is not None:
         raise InputError(f"{folder} is not a complete checkpoint: {problem}")
-    facts = json.loads((folder / _FACTS).read_text())
+    facts = json.loads((folder / FACTS).read_text())
     return Checkpoint(folder, facts["step"], facts)
-
-
-def _problem(folder: Path) -> str | None:
-    """What a checkpoint lacks; None: it is whole."""
-    try:
-        facts = json.loads((folder / _FACTS).read_text())
-        if facts["format"] != _FORMAT:
-            return f"its format is {facts['format']}, but this version reads {_FORMAT}"
-        for name, size in facts["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{_FACTS} cannot be read ({first_line(error)})"
-    return None
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank}.json"
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(dict(value), file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure, where the file system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what has no such thing says so
-            raise
-    finally:
-        os.close(handle)

@@ -1,7 +1,7 @@
-"""Fill a (sharded) model from a folder piece by piece, and take pieces out of it again."""
+"""Fill a (sharded) model from a folder piece by piece: each process reads its own slices."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -10,17 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_builders.checkpoint.folder import Entry, TensorSource
+from moe_builders.checkpoint.layout import copy_values, laid_out
 from moe_builders.errors import InputError
-from moe_builders.parallel.sharding import (
-    LocalShard,
-    local_shard,
-    raise_together,
-    whole_tensor,
-)
+from moe_builders.parallel.sharding import LocalShard, local_shard, raise_together
 from moe_builders.pieces import Piece
 
 _LISTED = 20  # names shown of each kind of mistake
-_STRIP = 128  # columns turned at a time, see ``_copy``
 _AT_ONCE = 2**24  # values on their way from the folder into a parameter, unless a row has more
 _QUICK = 2.0  # seconds that need no progress bar
 
@@ -142,43 +137,6 @@ def load_pieces(
     raise_together(error)
 
 
-def take_pieces(
-    model: nn.Module, plan: Sequence[Piece], dtypes: Mapping[str, torch.dtype], *, keep: bool
-) -> Callable[[list[str]], dict[str, Tensor]]:
-    """A function that gives the named tensors as they go to disk.
-
-    Sharded parameters are gathered one at a time, on every process; ``keep`` is False where the
-    answer is not written and nothing is kept.
-    """
-    by_disk: dict[str, list[Piece]] = defaultdict(list)
-    for piece in plan:
-        by_disk[piece.disk].append(piece)
-    state = model.state_dict()
-
-    def tensors_of(names: list[str]) -> dict[str, Tensor]:
-        by_parameter: dict[str, list[Piece]] = defaultdict(list)
-        for name in names:
-            for piece in by_disk[name]:
-                by_parameter[piece.ours].append(piece)
-        taken: dict[str, Tensor] = {}
-        for ours, pieces in by_parameter.items():
-            whole = whole_tensor(state[ours]).detach()
-            if not keep:
-                continue
-            for piece in pieces:
-                if piece.disk not in taken:  # the pieces of a tensor leave nothing of it unset
-                    taken[piece.disk] = torch.empty(piece.shape, dtype=dtypes[piece.disk])
-                put_piece(piece, whole, taken[piece.disk])
-        return {name: taken[name] for name in names if keep}
-
-    return tensors_of
-
-
-def put_piece(piece: Piece, whole: Tensor, on_disk: Tensor) -> None:
-    """Write a piece of a whole parameter into its tensor as it goes to disk."""
-    _copy(_laid_out(piece, on_disk, (0,) * on_disk.ndim), whole[piece.region])
-
-
 def _by_disk(pieces: Iterable[Piece]) -> list[list[Piece]]:
     groups: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
@@ -212,7 +170,7 @@ def _fill_parts(
 ) -> None:
     value, first = folder.read(parts[0].disk, box), tuple(side.start for side in box)
     for part in parts:
-        _copy(local[part.region], _laid_out(part, value, first))
+        copy_values(local[part.region], laid_out(part, value, first))
 
 
 def _has_nan(tensor: Tensor) -> bool:
@@ -233,37 +191,13 @@ def _equal(piece: Piece, folder: TensorSource, shard: LocalShard) -> bool:
     part = piece.within(shard.offset, shard.tensor.shape)
     if part is None:
         return True
-    value = _laid_out(part, folder.read(part.disk, part.span), tuple(s.start for s in part.span))
+    value = laid_out(part, folder.read(part.disk, part.span), tuple(s.start for s in part.span))
     mine = shard.tensor[part.region]
     return torch.equal(value.to(mine), mine)
 
 
 def _source_of(copy: Piece, plan: Iterable[Piece]) -> str:
     return next(piece.disk for piece in plan if piece.ours == copy.ours and not piece.copy)
-
-
-def _laid_out(piece: Piece, value: Tensor, first: tuple[int, ...]) -> Tensor:
-    """A view of values on disk, the box of them that starts at ``first``, shaped as the region."""
-    steps = zip(piece.span, piece.step, first, strict=True)
-    index = tuple(slice(side.start - at, side.stop - at, step) for side, step, at in steps)
-    dims = [dim for dim in piece.order if dim is not None]
-    alone = [dim for dim in range(value.ndim) if dim not in dims]  # of size one
-    return value[index].permute([*dims, *alone]).view(piece.size)
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy; strip by strip where the two run through memory in different directions.
-
-    Whole matrices would miss the cache at every element: five times as long on a CPU.
-    """
-    last_two = range(target.ndim)[-2:]
-    along = min(last_two, key=target.stride, default=None)
-    if along is None or along == min(last_two, key=source.stride):
-        target.copy_(source)
-        return
-    strips = target.split(_STRIP, along), source.to(target.device).split(_STRIP, along)
-    for into, strip in zip(*strips, strict=True):
-        into.copy_(strip)
 
 
 def _around(parts: Sequence[Piece]) -> tuple[slice, ...]:

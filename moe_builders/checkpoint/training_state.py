@@ -1,8 +1,7 @@
 """Everything that training changes in model and optimizer, as named tensors and plain numbers.
 
 Names are ``model.<parameter or buffer>`` and ``optimizer.<parameter>.<entry>``, whatever groups the
-optimizer keeps them in. A quantised entry is stored as the tensors it is made of, each process's
-part under a name of its own (``…exp_avg.codes[0:4]``: rows 0 to 3 of the parameter).
+optimizer keeps them in; what is stored of a quantised entry says ``state_parts``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_builders.checkpoint.run_checkpoints import Checkpoint
+from moe_builders.checkpoint.state_parts import Entry, StoredParts
 from moe_builders.errors import InputError
 from moe_builders.parallel.dcp import stored_tensors
-from moe_builders.parallel.sharding import local_shard, raise_together
+from moe_builders.parallel.sharding import gather_together, local_shard, raise_together
 from moe_builders.training.stepping import Stepper
 
 _LISTED = 5  # names shown of each kind of difference
@@ -39,10 +39,8 @@ class TrainingState:
         """All tensors by name, sharded ones as they are: no copies."""
         self.stepper.wait()
         found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter, state in self._states():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    found |= _taken_apart(f"optimizer.{name}.{key}", value, parameter)
+        for entry in self._entries():
+            found |= entry.tensors()
         return {name: tensor.detach() for name, tensor in found.items()}
 
     def numbers(self) -> dict[str, Any]:
@@ -77,8 +75,12 @@ class TrainingState:
                 break
         raise_together(error)
 
-    def load(self, checkpoint: Checkpoint, numbers: Mapping[str, Any]) -> None:
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint, numbers: Mapping[str, Any]) -> list[str]:
         """Take over a checkpoint's tensors and numbers; every process calls.
+
+        Returns:
+            Sentences on what is not bit for bit what was saved.
 
         Raises:
             InputError: another model or optimizer was saved; the differences are listed.
@@ -91,22 +93,54 @@ class TrainingState:
                 "cannot go on with: set optimizer back, or start over with resume=never"
             )
         self._make_entries(stored)
-        tensors = self.tensors()
+        tensors, parts = self.tensors(), StoredParts(stored)
+        refilled = self._to_refill(parts)
+        for entry in refilled:
+            for part in entry.tensors():
+                tensors.pop(part)
+            stored = {n: s for n, s in stored.items() if n not in parts.names(entry.name)}
         problem = _differences(tensors, stored)
         error = None
         if problem is not None:
+            saved_by = checkpoint.facts.get("processes", "?")
             error = InputError(
                 f"{checkpoint.folder} does not fit this run: {problem}; go on with the model, "
-                "optimizer, dtypes and number of processes it was saved with, or start over with "
-                "resume=never"
+                f"optimizer, dtypes and number of processes ({saved_by}) it was saved with, or "
+                "start over with resume=never"
             )
         raise_together(error)
         checkpoint.read(tensors)
+        rounded = [entry.name for entry in refilled if parts.refill(entry, checkpoint.read)]
         for group, options in zip(self.optimizer.param_groups, numbers["options"], strict=False):
             group.update(options)
         by_name = {name: state for name, _, state in self._states()}
         for name, values in numbers["entries"].items():
             by_name[name].update(values)
+        rounded = sorted(set().union(*gather_together(rounded)))
+        if not rounded:
+            return []
+        return [
+            f"{len(rounded)} optimizer states are quantised anew, which rounds them, since other "
+            f"processes hold other blocks of them ({', '.join(rounded[:_LISTED])}"
+            f"{', …' if len(rounded) > _LISTED else ''})"
+        ]
+
+    def _to_refill(self, parts: StoredParts) -> list[Entry]:
+        """Entries that were saved by other processes in other parts: the same on every process."""
+        entries = {entry.name: entry for entry in self._entries()}
+        own = [
+            entry.name
+            for entry in entries.values()
+            if not entry.tensors().keys() <= parts.names(entry.name) and parts.can_refill(entry)
+        ]
+        wanted = set().union(*gather_together(own))
+        return [entry for name, entry in entries.items() if name in wanted]
+
+    def _entries(self) -> Iterator[Entry]:
+        for name, parameter, state in self._states():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    yield Entry(f"optimizer.{name}.{key}", value, parameter)
 
     def _states(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for name, parameter in self._named.items():
@@ -130,21 +164,6 @@ def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in group.items()
         if isinstance(value, (int, float, bool)) and key not in ("lr", "initial_lr")
     }
-
-
-def _taken_apart(name: str, value: Tensor, parameter: Tensor) -> dict[str, Tensor]:
-    local, shard = local_shard(value).tensor, local_shard(parameter)
-    if not hasattr(local, "__tensor_flatten__"):
-        # a plain tensor beside a sharded parameter is this process's own
-        alone = value.ndim > 0 and local is value and shard.tensor is not parameter
-        if not alone:
-            return {name: value}
-    first = shard.offset[0] if shard.offset else 0
-    part = f"[{first}:{first + (len(shard.tensor) if shard.tensor.ndim else 1)}]"
-    if not hasattr(local, "__tensor_flatten__"):
-        return {f"{name}{part}": value}
-    inner, _ = local.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
-    return {f"{name}.{key}{part}": getattr(local, key) for key in inner}
 
 
 def _differences(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str | None:

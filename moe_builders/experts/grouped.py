@@ -4,6 +4,7 @@ Letters: a rows (assignments sorted by expert) · e num_experts · d dim · h hi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,10 @@ class GroupedExperts(nn.Module):
         dropout: the share of the answers' elements that are set to zero in training; the rest
             grows by 1 / (1 - dropout).
 
+    Attributes:
+        part: what a parameter is to a product: itself; under expert parallelism the experts that
+            are here, whose counts ``forward`` then takes.
+
     Raises:
         InputError: a number below 1, an unknown activation or back end, or a dropout outside
             [0, 1).
@@ -71,6 +76,7 @@ class GroupedExperts(nn.Module):
         self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
         self.activation = find_activation(activation)
         self.backend, self.dropout = backend, dropout
+        self.part: Callable[[Tensor], Tensor] = _itself
         up_name, up_width = (
             ("gate_up", 2 * hidden_dim) if self.activation.gated else ("up", hidden_dim)
         )
@@ -112,21 +118,23 @@ class GroupedExperts(nn.Module):
         Returns:
             [a, d], zero in dead rows.
         """
-        up_weight = getattr(self, f"{self._up_name}_proj").to(x.dtype)
-        down_weight = self.down_proj.to(x.dtype)
+        part = self.part
+        up_weight = part(getattr(self, f"{self._up_name}_proj")).to(x.dtype)
+        down_weight = part(self.down_proj).to(x.dtype)
         up_bias = getattr(self, f"{self._up_name}_bias")
         z = grouped_mm(x, up_weight, num_tokens_per_expert, backend=self.backend)  # [a, 2h]
         if up_bias is not None:
-            z = z + self._own_rows(up_bias.to(z.dtype), num_tokens_per_expert, z.shape[0])
+            z = z + self._own_rows(part(up_bias).to(z.dtype), num_tokens_per_expert, z.shape[0])
         hidden = self.activation.function(z)  # [a, h]
         if self.hidden_scale is not None:
-            scale = self.hidden_scale.to(hidden.dtype)
+            scale = part(self.hidden_scale).to(hidden.dtype)
             hidden = hidden * self._own_rows(scale, num_tokens_per_expert, hidden.shape[0])
         if row_weights is not None:
             hidden = hidden * row_weights[:, None].to(hidden.dtype)
         y = grouped_mm(hidden, down_weight, num_tokens_per_expert, backend=self.backend)  # [a, d]
         if self.down_bias is not None:
-            bias = self._own_rows(self.down_bias.to(y.dtype), num_tokens_per_expert, y.shape[0])
+            bias = part(self.down_bias).to(y.dtype)
+            bias = self._own_rows(bias, num_tokens_per_expert, y.shape[0])
             y = y + (bias if row_weights is None else bias * row_weights[:, None].to(bias.dtype))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
@@ -140,6 +148,10 @@ class GroupedExperts(nn.Module):
             live, expert = live_rows(num_tokens_per_expert, num_rows)
             return torch.where(live[:, None], values.index_select(0, expert), 0)
         expert = expert_of_rows(num_tokens_per_expert, num_rows)  # [a]
-        numbers = torch.arange(self.num_experts, device=expert.device)
+        numbers = torch.arange(values.shape[0], device=expert.device)
         member = (expert[:, None] == numbers).to(values.dtype)  # [a, e]
         return member @ values
+
+
+def _itself(parameter: Tensor) -> Tensor:
+    return parameter

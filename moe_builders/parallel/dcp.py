@@ -4,16 +4,21 @@ DCP pickles its table of contents; it is read here through a list of the classes
 made of, and everything else in it is refused. The tensors themselves are read with weights_only.
 """
 
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from moe_builders.errors import InputError
 from moe_builders.instantiate import first_line
@@ -32,18 +37,40 @@ _TABLE_CLASSES = {
 }  # fmt: skip
 
 
-def write_tensors_together(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of this process's shards in the host's memory, sharded as the tensors are.
+
+    Returns when the values have arrived: whoever owns the tensors may change them then.
+    """
+    return {name: _on_host(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def write_tensors_together(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    create: Callable[[Path], AbstractContextManager[Any]],
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Write tensors, sharded ones by all processes at once; every process must call.
+
+    What is in the files depends on the tensors and on how they are sharded, on nothing else.
 
     Args:
         tensors: by name; a plain tensor under the same name on several processes is written once.
         folder: an existing, empty folder that all processes see.
+        create: opens a new file, which is written from start to end; one may be renamed from
+            ``x.tmp`` to ``x`` afterwards.
+        group: over which the processes agree; None: the world's. A thread of its own needs a gloo
+            group of its own.
 
     Raises:
         InputError: one process could not write; on every process, with that one's reason.
     """
+    writer = _Writer(folder)
+    writer.fs = _Files(create)
     try:
-        dcp.save(dict(tensors), storage_writer=_Writer(folder))
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as error:
         raise _explained(error) from error
 
@@ -88,6 +115,22 @@ class _Writer(dcp.FileSystemWriter):
         except Exception as error:
             raise RuntimeError(first_line(_root(error))) from None
 
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # DCP's own names the folder and a random id
+
+
+class _Files(FileSystem):
+    """DCP's files, those that are written opened by a function."""
+
+    def __init__(self, create: Callable[[Path], AbstractContextManager[Any]]) -> None:
+        self.create = create
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        with self.create(Path(path)) as file:
+            yield file
+
 
 class _Reader(dcp.FileSystemReader):
     """DCP's reader without its free unpickling."""
@@ -97,6 +140,18 @@ class _Reader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    # around ``from_local``, which would move it back to the mesh's device
+    names, context = tensor.__tensor_flatten__()
+    inner: dict[str, Any] = {name: getattr(tensor, name) for name in names}
+    for name, part in inner.items():
+        if isinstance(part, Tensor):  # a mesh stays as it is
+            inner[name] = part.to("cpu", copy=True)
+    return DTensor.__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
 
 
 class _TableUnpickler(pickle.Unpickler):

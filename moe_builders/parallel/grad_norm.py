@@ -98,10 +98,10 @@ def _local_and_groups(grad: Tensor) -> tuple[Tensor, tuple]:
     if not isinstance(grad, DTensor):
         return grad, ()
     mesh = grad.device_mesh
-    assert all(p.is_shard() or p.is_replicate() for p in grad.placements), grad.placements
+    assert not any(p.is_partial() for p in grad.placements), grad.placements
     groups = tuple(
         mesh.get_group(axis)
         for axis, placement in enumerate(grad.placements)
-        if placement.is_shard() and mesh.size(axis) > 1
+        if not placement.is_replicate() and mesh.size(axis) > 1
     )
     return grad.to_local(), groups

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from moe_builders.errors import InputError
+from moe_builders.parallel.heartbeat import LostProcess
+
+LOST_PROCESS = 129  # 128 + SIGHUP: the other end has hung up; to be launched again
 
 
 @contextmanager
@@ -49,8 +52,8 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
         parse: gives its configuration.
 
     Returns:
-        The exit code: 0; 2 after a mistake; 128 + the signal's number if a signal ended the run
-        (``exit_code`` of what main returns, if it has one).
+        The exit code: 0; 2 after a mistake; 129 if another process was lost; 128 + the signal's
+        number if a signal ended the run (``exit_code`` of what main returns, if it has one).
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -71,6 +74,10 @@ def launch(main: Callable[[Any], Any], parse: Callable[[], Any]) -> int:
         where = "" if rank == "0" else f"[rank {rank}] "
         sys.stderr.write(f"{where}error: {_sentence(error)}\n")  # in one piece: others write too
         return 2
+    except LostProcess as error:
+        if error.to_say:
+            sys.stderr.write(f"[rank {rank}] error: {error}\n")
+        return LOST_PROCESS
     return getattr(result, "exit_code", 0)
 
 

@@ -1,40 +1,28 @@
-"""Which parameters are gathered together, as data made from names, and its application (FSDP2).
+"""Apply a sharding plan to a model (FSDP2), and what a process holds of a sharded tensor.
 
-Three kinds of groups, because their rules differ: a router computes in fp32 whatever the rest
-does (as part of a bf16 layer its gate would be cast); experts are a group of their own, so that an
-odd-sized neighbour cannot misalign their matrices; a layer takes what remains.
+Gradients are added up over processes, never averaged: each process's loss is its part of the
+whole step's.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moe_builders.errors import InputError
+from moe_builders.parallel.boxes import box_shape, held_box, whole_box
+from moe_builders.parallel.expert_parallel import check_dispatcher, deal_out_experts
+from moe_builders.parallel.gather import gather_boxes, num_processes
+from moe_builders.parallel.plan import Place, place_parameters, sharding_plan
 from moe_builders.parallel.world import World
-from moe_builders.routing import ROUTER_MODULE
 
-_KINDS = (
-    ("router", ROUTER_MODULE),
-    ("experts", re.compile(r"layers\.\d+\.(.+\.)?experts")),
-    ("layer", re.compile(r"layers\.\d+")),
-)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward there is nothing to hook into
-
-
-@dataclass(frozen=True)
-class ShardGroup:
-    """A module whose remaining parameters are gathered and reduced together."""
-
-    module: str
-    kind: Literal["router", "experts", "layer", "root"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +31,6 @@ class LocalShard:
 
     tensor: Tensor
     offset: tuple[int, ...]
-
-
-def sharding_plan(module_names: Iterable[str]) -> list[ShardGroup]:
-    """Groups in the order they must be applied: inner modules first, the root last."""
-    names = list(module_names)
-    groups = [
-        ShardGroup(name, kind)  # pyright: ignore[reportArgumentType]
-        for kind, pattern in _KINDS
-        for name in names
-        if pattern.fullmatch(name)
-    ]
-    return [*groups, ShardGroup("", "root")]
 
 
 def needs_sharding(model: nn.Module, world: World, *, compute_dtype: torch.dtype) -> bool:
@@ -70,17 +46,27 @@ def needs_sharding(model: nn.Module, world: World, *, compute_dtype: torch.dtype
 
 
 def shard_model(
-    model: nn.Module, world: World, *, compute_dtype: torch.dtype, reshard_after_forward: bool
+    model: nn.Module,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    dispatcher: str = "all_to_all",
 ) -> None:
     """Shard a model (meta or real) over the world's mesh, in place; also with one process.
 
     Args:
-        model: its parameters become DTensors, sharded on dim 0.
-        world: gives the mesh.
+        model: its parameters become DTensors, sharded as ``place_parameters`` says.
+        world: gives the meshes.
         compute_dtype: of forward and backward; gradients are added over processes in fp32 or wider,
             routers compute in fp32 or wider.
         reshard_after_forward: free gathered layers between forward and backward.
+        dispatcher: with ep, how tokens reach their experts: "all_to_all" or "all_gather".
+
+    Raises:
+        InputError: an unknown dispatcher, or experts that ep cannot deal out.
     """
+    check_dispatcher(dispatcher)
     wide = torch.promote_types(compute_dtype, torch.float32)
     policies = {
         "router": MixedPrecisionPolicy(
@@ -91,40 +77,75 @@ def shard_model(
             param_dtype=compute_dtype, reduce_dtype=wide if world.size > 1 else compute_dtype
         ),
     }
-    for group in sharding_plan(name for name, _ in model.named_modules()):
+    groups = sharding_plan(name for name, _ in model.named_modules())
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    places = place_parameters(shapes, groups, world.shape)
+    meshes = {"experts": world.mesh}
+    if world.expert_mesh is not None:
+        meshes["experts"] = _sharding_axes(world.expert_mesh)
+        for group in groups:
+            if group.kind == "experts":
+                deal_out_experts(
+                    model, group.module, world.expert_mesh["ep"], dispatcher=dispatcher
+                )
+    for group in groups:
         module = model.get_submodule(group.module)
         if next(module.parameters(), None) is None or isinstance(module, _CONTAINERS):
             continue  # a plain list of experts, say, is gathered with its layer
         fully_shard(
             module,
-            mesh=world.mesh,
+            mesh=meshes.get(group.kind, world.mesh),
             mp_policy=policies.get(group.kind, policies["other"]),
             # a router is small: kept gathered, it costs no second collective
             reshard_after_forward=reshard_after_forward and group.kind in ("experts", "layer"),
+            shard_placement_fn=_dims(model, places).__getitem__,
         )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not divide
+
+
+def _sharding_axes(mesh: DeviceMesh) -> DeviceMesh:
+    """Those that FSDP2 shards a part of the experts over: without an axis for a single copy."""
+    return mesh["dp_replicate", "dp_shard"] if mesh.shape[0] > 1 else mesh["dp_shard"]
+
+
+def _dims(model: nn.Module, places: Mapping[str, Place]) -> dict[nn.Parameter, Shard]:
+    """By parameter, as fully_shard asks; the model's own objects of now."""
+    return {p: Shard(places[name].shard_dim) for name, p in model.named_parameters()}
 
 
 def local_shard(tensor: Tensor) -> LocalShard:
     """What this process holds of a (possibly sharded) tensor."""
     if not isinstance(tensor, DTensor):
         return LocalShard(tensor, (0,) * tensor.ndim)
-    _, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return LocalShard(tensor.to_local(), tuple(offset))
+    box, local = held_box(tensor), tensor.to_local()
+    assert local.shape == box_shape(box), f"{tensor.placements} on {tensor.device_mesh}"
+    return LocalShard(local, tuple(side.start for side in box))
+
+
+def gather_together(value: Any) -> list[Any]:
+    """What each process has, by rank; every process must call it, and all wait."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def raise_together(error: InputError | None) -> None:
     """Raise on every process if any has an error: none is left waiting for one that stopped."""
-    messages = [None if error is None else str(error)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        own, messages = messages[0], [None] * dist.get_world_size()
-        dist.all_gather_object(messages, own)
+    messages = gather_together(None if error is None else str(error))
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise InputError(first) from error
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The full value; every process must call it, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The full value; every process must call it, in the same order, and none may write to it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = gather_boxes(tensor, [whole_box(tensor.shape)] * num_processes())
+    assert whole is not None
+    return whole

@@ -13,6 +13,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_builders.errors import InputError
+from moe_builders.instantiate import first_line
+from moe_builders.parallel.heartbeat import (
+    Heartbeat,
+    LostProcess,
+    of_a_collective,
+    signs_of_life,
+)
+from moe_builders.parallel.meeting import meeting_place
+from moe_builders.parallel.plan import MeshShape, choices
 
 
 @dataclass(frozen=True)
@@ -24,17 +33,29 @@ class World:
         size: number of processes.
         device: where this process computes.
         mesh: axes ("dp_shard",) or ("dp_replicate", "dp_shard"); the data is split over all.
+        expert_mesh: axes ("dp_replicate", "dp_shard", "ep") of the same processes, for routed
+            experts; None where ep is 1, and they live as everything else does.
+        heartbeat: tells the others that this process lives; None: nobody would miss it.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    expert_mesh: DeviceMesh | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this process prints, logs and writes."""
         return self.rank == 0
+
+    @property
+    def shape(self) -> MeshShape:
+        """How many processes there are along each axis."""
+        if self.expert_mesh is not None:
+            return MeshShape(*self.expert_mesh.shape)
+        return MeshShape(*((1,) * (2 - self.mesh.ndim)), *self.mesh.shape)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all processes, in place (on the compute device); no host sync."""
@@ -61,6 +82,11 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def doing(self, what: str) -> None:
+        """Note what this process is at ("step 17"), for the others' message if it is lost."""
+        if self.heartbeat is not None:
+            self.heartbeat.doing = what
+
 
 @contextmanager
 def open_world(
@@ -68,6 +94,7 @@ def open_world(
     device: str = "auto",
     dp_replicate: int = 1,
     dp_shard: int = -1,
+    ep: int = 1,
     timeout_minutes: float = 30.0,
     deterministic: bool = False,
 ) -> Iterator[World]:
@@ -76,12 +103,16 @@ def open_world(
     Args:
         device: "cpu", "cuda" or "auto" (cuda if there is one).
         dp_replicate: how many copies of the sharded model.
-        dp_shard: over how many processes each copy is sharded; -1: all that remain.
-        timeout_minutes: after which a collective that a process does not join is an error.
+        dp_shard: over how many processes each copy (with ep: each part of the experts) is sharded;
+            -1: all that remain.
+        ep: among how many processes the routed experts are dealt out.
+        timeout_minutes: after which a collective that a process does not join is an error, and
+            until which all have to be there at the start.
         deterministic: refuse operations whose result depends on the order of threads.
 
     Raises:
         InputError: no such device, or the axes do not multiply to the number of processes.
+        LostProcess: the others did not come, or one of them is gone.
     """
     kind = _device_type(device)
     joined_here = not dist.is_initialized()
@@ -91,22 +122,33 @@ def open_world(
         size, rank = dist.get_world_size(), dist.get_rank()
     elif launched:
         size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    shape = _mesh_shape(size, dp_replicate, dp_shard)
+    shape = mesh_shape(size, dp_replicate=dp_replicate, dp_shard=dp_shard, ep=ep)
     own_device = _own_device(kind)
     if joined_here:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(
-            backend,
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=own_device if kind == "cuda" else None,
-            **alone,
-        )
-    names = ("dp_replicate", "dp_shard") if len(shape) == 2 else ("dp_shard",)
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+        timeout = timedelta(minutes=timeout_minutes)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        try:
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                device_id=own_device if kind == "cuda" else None,
+                **(meeting_place(rank, size, timeout) if launched else alone),
+            )
+        except RuntimeError as error:
+            if not of_a_collective(error):
+                raise
+            raise LostProcess(_not_met(size, timeout_minutes, error)) from error
+    mesh, expert_mesh = _meshes(kind, shape)
+    if joined_here:  # groups of a mesh are made with torch's own timeout
+        for group in [g for m in (mesh, expert_mesh) if m is not None for g in m.get_all_groups()]:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
     try:
-        with _deterministic() if deterministic else nullcontext():
-            yield World(rank, size, own_device, mesh)
+        with (
+            signs_of_life(rank, size) if joined_here and size > 1 else nullcontext() as heartbeat,
+            _deterministic() if deterministic else nullcontext(),
+        ):
+            yield World(rank, size, own_device, mesh, expert_mesh, heartbeat)
     except BaseException:
         # NCCL's farewell waits for processes that may be stuck; leaving without it lets this one
         # end and the launcher stop the others
@@ -129,6 +171,14 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+def _not_met(size: int, timeout_minutes: float, error: Exception) -> str:
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"the {size} processes did not meet at {where} within timeout_minutes "
+        f"({timeout_minutes:g}): {first_line(error)}; look at the output of those that are missing"
+    )
 
 
 def _device_type(device: str) -> str:
@@ -154,20 +204,44 @@ def _own_device(kind: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _mesh_shape(size: int, dp_replicate: int, dp_shard: int) -> tuple[int, ...]:
-    if dp_replicate < 1 or size % dp_replicate:
+def _meshes(kind: str, shape: MeshShape) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """For all parameters, and for routed experts where those live elsewhere."""
+    names, copies = ("dp_replicate", "dp_shard"), shape.dp_replicate
+    axes = slice(0 if copies > 1 else 1, None)  # no axis for a single copy
+    mesh = init_device_mesh(kind, (copies, shape.shards("layer"))[axes], mesh_dim_names=names[axes])
+    if shape.ep == 1:
+        return mesh, None
+    whole = (copies, shape.dp_shard, shape.ep)
+    return mesh, init_device_mesh(kind, whole, mesh_dim_names=(*names, "ep"))
+
+
+def mesh_shape(size: int, *, dp_replicate: int, dp_shard: int, ep: int) -> MeshShape:
+    """The axes of a number of processes; dp_shard -1 takes what the others leave.
+
+    Raises:
+        InputError: they do not multiply to it; what would is named.
+    """
+    if ep < 1 or size % ep:
         raise InputError(
-            f"dp_replicate is {dp_replicate}, but must divide the number of processes ({size})"
+            f"ep is {ep}, but must divide the number of processes ({size}): choose {choices(size)}"
         )
-    per_copy = size // dp_replicate
+    if dp_replicate < 1 or size // ep % dp_replicate:
+        among = f"the number of processes ({size})"
+        if ep > 1:
+            among = f"the {size // ep} that ep ({ep}) leaves of {size} processes"
+        raise InputError(
+            f"dp_replicate is {dp_replicate}, but must divide {among}: choose {choices(size // ep)}"
+        )
+    per_copy = size // ep // dp_replicate
     if dp_shard < 1 and dp_shard != -1:
         raise InputError(
             f"dp_shard is {dp_shard}, but must be -1 (all processes that remain) or {per_copy}"
         )
     if dp_shard not in (-1, per_copy):
+        others = f"dp_replicate ({dp_replicate}) × dp_shard ({dp_shard})"
+        others += "" if ep == 1 else f" × ep ({ep})"
         raise InputError(
-            f"dp_replicate ({dp_replicate}) × dp_shard ({dp_shard}) is not the number of "
-            f"processes ({size}): set dp_shard to {per_copy} or -1, or launch "
-            f"{dp_replicate * dp_shard}"
+            f"{others} is not the number of processes ({size}): set dp_shard to {per_copy} or -1, "
+            f"or launch {dp_replicate * dp_shard * ep}"
         )
-    return (dp_replicate, per_copy) if dp_replicate > 1 else (per_copy,)
+    return MeshShape(dp_replicate, per_copy, ep)

@@ -135,6 +135,10 @@ class RecipeConfig:
     compute_dtype: str = one_of(*DTYPES)  # forward and backward
     dp_replicate: int = 1  # copies of the sharded model
     dp_shard: int = -1  # processes that share one copy; -1: all that remain
+    ep: int = 1  # processes among which the experts are dealt out; all have rows of their own
+    ep_dispatcher: str = one_of("all_to_all", "all_gather")  # how tokens reach their experts
+    # until a process that does not answer ends the run; torch's own default for NCCL is 10
+    timeout_minutes: float = at_least(1, default=30.0)
     reshard_after_forward: bool = True  # free gathered layers between forward and backward
     enable_activation_checkpointing: bool = False
     enable_activation_offloading: bool = False  # what is kept of them on the host; GPU only
@@ -142,6 +146,7 @@ class RecipeConfig:
 
     checkpoint_every_n_steps: int | None = at_least(1, default=None)  # null: at a signal only
     keep_last: int | None = at_least(1, default=2)  # checkpoints; null: all
+    enable_async_checkpointing: bool = False  # write them while training goes on
     resume: str = "auto"  # auto: from the newest checkpoint | never | a checkpoint's folder
     # validations without a better loss after which the run ends; null: never
     early_stop_patience: int | None = at_least(1, default=None)

@@ -1,4 +1,4 @@
-"""Other trainers' and earlier names of keys, moved with a warning; stray coefficients, refused."""
+"""Other trainers' and earlier names of keys, moved with a warning; what has no place, refused."""
 
 import warnings
 from collections.abc import Mapping
@@ -18,6 +18,21 @@ _RENAMED = {
     **dict.fromkeys(
         ("moe_router_bias_update_rate", "gate_bias_update_factor"), "expert_bias.update_rate"),
     "router_loss_mask": "router_losses.mask",
+    **dict.fromkeys(("expert_parallel_dim", "expert_parallel_degree", "ep_size"), "ep"),
+    "data_parallel_replicate_dim": "dp_replicate",
+    "data_parallel_shard_dim": "dp_shard",
+}  # fmt: skip
+_NO_TP = (
+    "there is no tensor parallelism: experts are small matrices, which ep deals out whole and "
+    "dp_shard stores in parts, with less on the wire; leave {key} out and set ep or dp_shard"
+)
+_NO_CP = (
+    "there is no context parallelism: torch's own takes no masks of documents and padding; leave "
+    "{key} out, and for longer sequences set enable_activation_checkpointing and batch_size=1"
+)
+_NO_SUCH_AXIS = {
+    **dict.fromkeys(("tp", "tp_size", "tensor_parallel_dim", "tensor_parallel_degree"), _NO_TP),
+    **dict.fromkeys(("cp", "cp_size", "context_parallel_dim", "context_parallel_degree"), _NO_CP),
 }  # fmt: skip
 _SECTIONS = ("", "router_losses", "expert_bias")  # where an old name may stand
 _COEFFICIENTS = {
@@ -34,10 +49,13 @@ def rename_old_keys(values: DictConfig, known: Mapping[str, Any]) -> DictConfig:
         known: top-level keys of today, which are nobody's old name.
 
     Raises:
-        InputError: a key is given under both names.
+        InputError: a key is given under both names, or is an axis that the mesh does not have.
     """
     given = OmegaConf.to_container(values)
     assert isinstance(given, dict)
+    for key in given:
+        if key in _NO_SUCH_AXIS and given[key] not in (1, None):
+            raise InputError(f"{key} is {given[key]}, but {_NO_SUCH_AXIS[key].format(key=key)}")
     found = [
         (section, old)
         for section in _SECTIONS

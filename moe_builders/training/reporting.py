@@ -25,6 +25,7 @@ from moe_builders.metrics import (
 from moe_builders.training.finite_watch import Watched, first_bad, where_it_began
 from moe_builders.training.on_the_way import OnTheWay
 from moe_builders.training.run_files import MetricsFile
+from moe_builders.training.stragglers import Stragglers, lag
 
 Values = Mapping[str, Tensor | float | int]
 Lines = list[dict[str, float]]
@@ -96,7 +97,7 @@ class Reporter:
         self.layers, self.log_layers, self.log_experts = layers, log_layers, log_experts
         self.metrics, self.pictures, self.gather = metrics, pictures, gather
         self.history, self.validations = list(history), list(validations)
-        self.asked_to_stop = False
+        self.asked_to_stop, self._stragglers = False, Stragglers()
         self.bar = tqdm(
             total=total, initial=len(history), disable=not show, unit="step", dynamic_ncols=True
         )
@@ -115,7 +116,8 @@ class Reporter:
 
         Args:
             number: of the step.
-            values: numbers, or scalar tensors on any device.
+            values: numbers, or scalar tensors on any device; ``own_seconds`` [size, 2] is of all
+                processes (``training.stragglers``).
             load: [3, l, e] of the step over all processes.
             watched: what this process saw of the step.
 
@@ -154,6 +156,9 @@ class Reporter:
         self._waiting = None
         arrived = arriving.values()
         load, sums = arrived.pop("load", None), arrived.pop("watched", None)
+        own = arrived.pop("own_seconds", None)
+        plain |= {} if own is None else lag(own)
+        self.say(*([] if own is None else self._stragglers.see(number, own)))
         plain = {"step": number} | plain | {name: v.item() for name, v in arrived.items()}
         self.asked_to_stop = plain.pop("stop", 0) > 0
         extra: dict[str, float] = {}

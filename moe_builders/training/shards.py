@@ -38,15 +38,18 @@ def shard_number(parameter: Any) -> tuple[int, ...]:
     if not hasattr(parameter, "to_local"):
         return ()
     place = parameter.device_mesh.get_coordinate()
-    return tuple(c for c, kind in zip(place, parameter.placements, strict=True) if kind.is_shard())
+    kinds = zip(place, parameter.placements, strict=True)
+    return tuple(c for c, kind in kinds if not kind.is_replicate())
 
 
 def shard_numels(parameter: Any) -> set[int]:
     """How many values the shards have, over all processes."""
     sizes = [{n} for n in parameter.shape]
     if hasattr(parameter, "to_local"):
-        for axis, kind in enumerate(parameter.placements):
-            if kind.is_shard():
+        axes = enumerate(parameter.placements)
+        # a strided axis cuts what the axes after it have left, see parallel.boxes
+        for axis, kind in sorted(axes, key=lambda item: hasattr(item[1], "split_factor")):
+            if not kind.is_replicate():
                 count = parameter.device_mesh.size(axis)
                 sizes[kind.dim] = {m for n in sizes[kind.dim] for m in _chunks(n, count)}
     return {math.prod(shape) for shape in product(*sizes)}

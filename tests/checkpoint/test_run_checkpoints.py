@@ -5,11 +5,13 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from moe_builders.checkpoint import run_checkpoints
+from moe_builders.checkpoint import saving
+from moe_builders.checkpoint.manifest import sealed
 from moe_builders.checkpoint.run_checkpoints import RunCheckpoints, read_checkpoint
 from moe_builders.errors import InputError
 from moe_builders.parallel import dcp
@@ -58,7 +60,7 @@ def test_the_newest_counts_by_number_and_old_ones_go(checkpoints):
     names = sorted(path.name for path in checkpoints.folder.iterdir())
     assert names == ["step_00000010", "step_00000100"]
     assert checkpoints.newest().step == 100
-    checkpoints.keep_last = None
+    checkpoints.saver.keep_last = None
     _save(checkpoints, 101)
     assert len(checkpoints.survey()) == 3
 
@@ -129,7 +131,7 @@ def test_starting_over_loses_nothing(checkpoints):
 
 
 def test_going_back_moves_what_came_after(checkpoints):
-    checkpoints.keep_last = None
+    checkpoints.saver.keep_last = None
     for step in (2, 4, 6):
         _save(checkpoints, step)
     (moved,) = checkpoints.start_from(2, own=True)
@@ -148,14 +150,14 @@ def _denied(*args, **kwargs):
 @pytest.mark.parametrize(
     ("place", "fault", "words"),
     [
-        ((run_checkpoints.Path, "mkdir"), _denied, "Permission denied: 'some/file'"),
-        ((run_checkpoints.Path, "mkdir"), _full, "No space left on device"),
+        ((Path, "mkdir"), _denied, "Permission denied: 'some/file'"),
+        ((Path, "mkdir"), _full, "No space left on device"),
         ((dcp.dcp.FileSystemWriter, "write_data"), _full, "No space left on device"),
         ((dcp.dcp.FileSystemWriter, "finish"), _denied, "Permission denied"),
-        ((run_checkpoints, "_write_json"), _full, "No space left on device"),
-        ((run_checkpoints, "_flush_folder"), _full, "No space left on device"),
-        ((run_checkpoints.os, "replace"), _denied, "Permission denied"),
-        ((run_checkpoints.os, "fsync"), _full, "No space left on device"),
+        ((saving, "_write_text"), _full, "No space left on device"),
+        ((saving, "_flush_folder"), _full, "No space left on device"),
+        ((saving.os, "replace"), _denied, "Permission denied"),
+        ((saving.os, "fsync"), _full, "No space left on device"),
     ],
 )
 def test_a_failing_save_says_so_and_keeps_the_last_good_one(
@@ -212,7 +214,7 @@ def test_an_old_one_that_cannot_be_removed_is_told_and_ends_nothing(checkpoints,
     for step in (1, 2):
         _save(checkpoints, step)
     with monkeypatch.context() as broken:
-        broken.setattr(run_checkpoints.shutil, "rmtree", _denied)
+        broken.setattr(saving.shutil, "rmtree", _denied)
         _save(checkpoints, 3)
         _save(checkpoints, 4)
     assert checkpoints.newest().step == 4
@@ -228,7 +230,7 @@ def test_a_file_system_that_cannot_flush_a_folder(checkpoints, monkeypatch):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         real(handle)
 
-    monkeypatch.setattr(run_checkpoints.os, "fsync", fsync)
+    monkeypatch.setattr(saving.os, "fsync", fsync)
     _save(checkpoints, 1)
     assert checkpoints.newest().step == 1
 
@@ -255,8 +257,9 @@ def test_nothing_is_unpickled_freely(checkpoints, monkeypatch, tmp_path):
     with pytest.raises(InputError, match="not a checkpoint's table of contents: it names posix"):
         stored_tensors(folder)
     facts = json.loads((folder / "run.json").read_text())
-    facts["files"].pop(".metadata")
-    (folder / "run.json").write_text(json.dumps(facts))
+    own = {key: facts.pop(key) for key in ("format", "checksum", "step", "files")}
+    own["files"].pop(".metadata")
+    (folder / "run.json").write_text(sealed(own["step"], own["files"], facts))
     with pytest.raises(InputError, match=r"cannot be read.*it names posix"):
         read_checkpoint(folder).read(_tensors(0))
     assert not (tmp_path / "evil_was_here").exists()

@@ -254,7 +254,7 @@ def test_own_folders_keep_a_hidden_scale(tmp_path):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    save_model(model, tmp_path / "own", write=True)
+    save_model(model, tmp_path / "own")
     load_model(other, tmp_path / "own", device=torch.device("cpu"))
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name

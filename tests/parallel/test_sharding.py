@@ -17,13 +17,12 @@ from moe_builders.errors import InputError
 from moe_builders.families.qwen3_moe import qwen3_moe_tiny
 from moe_builders.moe import collect_routing
 from moe_builders.parallel import sharding
+from moe_builders.parallel.plan import ShardGroup, sharding_plan
 from moe_builders.parallel.sharding import (
-    ShardGroup,
     local_shard,
     needs_sharding,
     raise_together,
     shard_model,
-    sharding_plan,
     whole_tensor,
 )
 from moe_builders.parallel.world import open_world

@@ -9,6 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_builders.errors import InputError
 from moe_builders.parallel.launch import launch
+from moe_builders.parallel.plan import MeshShape
 from moe_builders.parallel.world import open_world
 
 
@@ -72,7 +73,20 @@ def test_meshes_of_a_group_that_is_there_already(fake_group, rank, axes, names, 
         assert (world.rank, world.size, world.is_first) == (rank, 4, rank == 0)
         assert (world.mesh.mesh_dim_names, tuple(world.mesh.shape)) == (names, shape)
         assert tuple(world.mesh.get_coordinate()) == divmod(rank, shape[-1])[2 - len(shape) :]
+        replicas, shards = (1, *shape)[-2:]
+        assert world.mesh_sizes() == {"dp_replicate": replicas, "dp_shard": shards, "ep": 1}
     assert dist.is_initialized(), "who joined it leaves it"
+
+
+def test_a_mesh_of_its_own_for_experts(fake_group):
+    fake_group(5, 8)
+    with open_world(device="cpu", dp_replicate=2, ep=2) as world:
+        assert world.shape == MeshShape(dp_replicate=2, dp_shard=2, ep=2)
+        assert tuple(world.mesh.shape) == (2, 4)
+        assert world.expert_mesh is not None
+        assert world.expert_mesh.mesh_dim_names == ("dp_replicate", "dp_shard", "ep")
+        assert tuple(world.expert_mesh.get_coordinate()) == (1, 0, 1), "ep is innermost"
+        assert world.expert_mesh["ep"].mesh.tolist() == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +102,15 @@ def test_meshes_of_a_group_that_is_there_already(fake_group, rank, axes, names, 
         (4, {"dp_shard": 0}, r"dp_shard is 0, but must be -1 \(all processes that remain\) or 4"),
         (4, {"dp_replicate": 2, "dp_shard": -2}, r"dp_shard is -2, but must be -1 .* or 2$"),
         (1, {"dp_replicate": 2}, r"must divide the number of processes \(1\)"),
+        (4, {"ep": 3},
+         r"^ep is 3, but must divide the number of processes \(4\): choose 1, 2 or 4$"),
+        (4, {"ep": 0}, "^ep is 0, but must divide the number of processes"),
+        (8, {"ep": 2, "dp_replicate": 3},
+         r"^dp_replicate is 3, but must divide the 4 that ep \(2\) leaves of 8 processes: choose "
+         "1, 2 or 4$"),
+        (8, {"ep": 2, "dp_shard": 3},
+         r"dp_replicate \(1\) × dp_shard \(3\) × ep \(2\) is not the number of processes \(8\): "
+         "set dp_shard to 4 or -1, or launch 6"),
     ],
 )  # fmt: skip
 def test_axes_that_do_not_fit_are_refused_before_anybody_waits(monkeypatch, size, axes, message):

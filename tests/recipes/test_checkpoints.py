@@ -12,7 +12,7 @@ import torch
 from helpers_train import HF_CONFIG, config, on_ranks
 from safetensors.torch import load_file
 
-from moe_builders.checkpoint import run_checkpoints
+from moe_builders.checkpoint import run_checkpoints, saving
 from moe_builders.errors import InputError
 from moe_builders.hub import HFSource, create_hf_model, read_hf_source
 
@@ -137,6 +137,24 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path, capsys):
     assert len(again.history) == 3
 
 
+def test_one_of_an_earlier_version_is_gone_on_from_and_named(tmp_path, capsys):
+    """Sizes without checksums, a number of processes without a mesh."""
+    whole = recipe.main(config(tmp_path / "whole", max_steps=4, **EVERY))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000004")
+    path = tmp_path / "run/checkpoints/step_00000002/run.json"
+    facts = json.loads(path.read_text())
+    facts["files"] = {name: entry["bytes"] for name, entry in facts["files"].items()}
+    del facts["checksum"], facts["mesh"]
+    path.write_text(json.dumps(facts | {"format": 1}))
+    capsys.readouterr()
+    again = recipe.main(config(tmp_path / "run", max_steps=4, **EVERY))
+    said = capsys.readouterr().out
+    assert "step_00000002 is of an earlier version, without checksums: only the sizes" in said
+    assert "the checkpoint is of" not in said
+    assert _equal(_weights(again), _weights(whole))
+
+
 def test_a_diverged_run_saves_nothing_and_the_last_good_one_stays(tmp_path):
     cfg = config(tmp_path, max_steps=8, checkpoint_every_n_steps=1, keep_last=None,
                  optimizer={"_component_": "torch.optim.SGD", "lr": 1e30})  # fmt: skip
@@ -146,19 +164,23 @@ def test_a_diverged_run_saves_nothing_and_the_last_good_one_stays(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_full_disk_during_a_run(tmp_path, monkeypatch):
-    real, calls = run_checkpoints._write_json, []
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_during_a_run(tmp_path, monkeypatch, background):
+    """In the background it is told at the next save, or at the end."""
+    real, calls = saving._write_text, []
 
-    def full(path, value):
-        calls.append(path)
+    def full(file, text):
+        calls.append(text)
         if len(calls) > 3:  # three a checkpoint: the second save fails
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, value)
+        real(file, text)
 
-    monkeypatch.setattr(run_checkpoints, "_write_json", full)
+    monkeypatch.setattr(saving, "_write_text", full)
     with pytest.raises(InputError) as caught:
-        recipe.main(config(tmp_path, max_steps=6, **EVERY))
+        recipe.main(config(tmp_path, max_steps=5, enable_async_checkpointing=background, **EVERY))
     sentence = str(caught.value)
+    assert not (tmp_path / "model").exists()
+    assert _names(tmp_path) == ["step_00000002"]
     assert "step_00000004 cannot be written: [Errno 28] No space left on device" in sentence
     assert "step_00000002 is the last" in sentence
     monkeypatch.undo()

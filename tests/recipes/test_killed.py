@@ -62,8 +62,9 @@ def _weights(cfg):
     return load_file(Path(cfg.output_dir) / "model/model.safetensors")
 
 
-def _kill_often(tmp_path, *, kills, size, seed):
-    changes = {"max_steps": STEPS, "checkpoint_every_n_steps": 1, "batch_size": 4 // size}
+def _kill_often(tmp_path, *, kills, size, seed, background=False):
+    changes = {"max_steps": STEPS, "checkpoint_every_n_steps": 1, "batch_size": 4 // size,
+               "enable_async_checkpointing": background}  # fmt: skip
     calm = config(tmp_path / "calm", **changes)
     started = time.monotonic()
     _finish(_launch(calm, size))
@@ -107,6 +108,7 @@ def test_five_kills(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
-def test_fifty_kills(tmp_path, size):
-    _kill_often(tmp_path, kills=50, size=size, seed=size)
+def test_fifty_kills(tmp_path, size, background):
+    _kill_often(tmp_path, kills=50, size=size, seed=size, background=background)

@@ -1,8 +1,10 @@
 """A run that was stopped and goes on ends in the same bytes as one that never stopped."""
 
 import pytest
+import torch
 from helpers_data import isolate_datasets
 from helpers_resume import data_keys, differences_after_resuming, write_data
+from helpers_saves import differences_of_background
 from helpers_train import config, on_ranks
 
 SCHEDULE = {"_component_": "torchtune.training.get_cosine_schedule_with_warmup",
@@ -46,6 +48,12 @@ def test_one_process(tmp_path, data, optimizer, kind):
     assert found == {1: [], 4: []}
 
 
+def test_the_same_bytes_in_the_background(tmp_path, data):
+    cfg = _config(tmp_path / "run", data, "8-bit", "packed")
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles each shape: seconds
+        assert differences_of_background(cfg) == []
+
+
 def test_two_processes(tmp_path, data):
     cases = {
         f"{optimizer}, {kind}": (
@@ -56,7 +64,12 @@ def test_two_processes(tmp_path, data):
         for optimizer in OPTIMIZERS
         for kind in KINDS
     }
-    answers = on_ranks(2, cases, tmp_path)
+    background = _config(tmp_path / "background", data, "adamw", "packed", batch_size=1,
+                         enable_async_checkpointing=True)  # fmt: skip
+    cases["in the background"] = ("helpers_resume.differences_after_resuming", background, [2])
+    both = {"both ways": ("helpers_saves.differences_of_background", background)}
+    answers = on_ranks(2, cases | both, tmp_path)
+    assert answers.pop("both ways") == []
     assert answers == {name: {2: []} for name in cases}
 
 

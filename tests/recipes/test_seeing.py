@@ -56,7 +56,8 @@ def test_metrics_of_steps_and_validations(two):
     step, last = lines[-2], lines[-1]
     assert {"loss", "balance", "z", "own", "grad_norm", "lr", "tokens_per_second", "mfu",
             "peak_rss_gib", "cut_samples", "max_violation", "dead_experts", "load_entropy",
-            "load_cv", "drop_rate", "step"} == set(step)  # fmt: skip
+            "load_cv", "drop_rate", "step", "slowest_rank",
+            "slowest_lag_seconds"} == set(step)  # fmt: skip
     tokens = 2 * 2 * 2 * EvenDataset.LENGTH  # two steps of two processes with two rows each
     assert torch.tensor(last["load"]).sum(-1).tolist() == [2 * tokens] * 2, "k is 2"
     assert lines[0]["val_load"] != last["val_load"]

@@ -106,3 +106,25 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert "stopped at once by Ctrl-C" in said
     assert "Traceback" not in said
     assert _steps(cfg) == [10]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_save_in_the_background(tmp_path):
+    """The first one waits for it: what the signal asks for is saved after it."""
+    slow = {"_component_": "helpers_saves.SlowSaves", "folder": str(tmp_path / "run/checkpoints")}
+    cfg = config(tmp_path / "run", **KEYS | {
+        "num_workers": 0, "dataset": slow, "enable_async_checkpointing": True, "batch_size": 2,
+    })  # fmt: skip
+    processes, logs = _launch(cfg, 2)
+    _wait_for(tmp_path / "run/checkpoints/.step_00000020.partial")
+    for _ in range(2):
+        for process in processes:
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(2.5)
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [130, 130]
+    said = Path(logs[0]).read_text()
+    assert "while training goes on" in said
+    assert "stopped at once by Ctrl-C" in said
+    assert "Traceback" not in said
+    assert _steps(cfg) == [10]

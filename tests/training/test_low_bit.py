@@ -180,7 +180,7 @@ def test_rounding_draws_its_own_numbers():
 
 def sharded(shape, place, *axes):
     """Enough of a sharded tensor; an axis: (number of processes, sharded dim or None)."""
-    kinds = [SimpleNamespace(is_shard=lambda d=d: d is not None, dim=d) for _, d in axes]
+    kinds = [SimpleNamespace(is_replicate=lambda d=d: d is None, dim=d) for _, d in axes]
     mesh = SimpleNamespace(get_coordinate=lambda: place, size=lambda axis: axes[axis][0])
     return SimpleNamespace(shape=shape, placements=kinds, device_mesh=mesh, to_local=None)
 
