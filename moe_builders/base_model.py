@@ -111,7 +111,7 @@ class BaseModel:
 
         Raises:
             InputError: the HF layout cannot be written any more; the weights then lie under our
-                own names in a folder beside it, which is named.
+                own names in a folder beside it, which is named, or nowhere, which is said.
         """
         if self.source is None:
             component, router = (
@@ -123,7 +123,14 @@ class BaseModel:
             save_hf_model(self.model, path, source=self.source, rank=rank, size=size)
         except InputError as error:  # days of training must not be lost for a moved folder
             rescue = Path(path).with_name(f"{Path(path).name}.own_names")
-            save_model(self.model, rescue, rank=rank, size=size)
+            try:
+                save_model(self.model, rescue, rank=rank, size=size)
+            except InputError as again:
+                raise InputError(
+                    f"the trained model could not be saved ({error}), nor could its weights beside "
+                    f"it ({again}): make room or mend the folder, then launch the same command "
+                    "again, which goes on from the last checkpoint if there is one"
+                ) from error
             raise InputError(f"{error}; the trained weights were saved to {rescue}") from error
 
 
@@ -152,14 +159,9 @@ def open_base_model(
         InputError: neither folder nor component, or both where one decides; a router with tensors
             that the Hugging Face layout has no place for.
     """
+    check_one_decides(folder, component)
     if folder is not None and not is_own_folder(folder):
         source = read_hf_source(folder)
-        if component is not None:
-            raise InputError(
-                f"base_model {folder} is a Hugging Face folder, whose config.json says what to "
-                "build: leave model out; or, for a model of your own with random weights, leave "
-                "base_model out and set tokenizer to that folder's"
-            )
         model = build_hf_model(source, dtype=dtype)
         if router is not None:
             before = set(model.state_dict())
@@ -182,6 +184,17 @@ def open_base_model(
     model = _store_as(_with_router(instantiate(component, path="model"), router), dtype)
     initialize(model, seed=seed, std=init_std)
     return BaseModel(model.to(device), None, None, component, router)
+
+
+def check_one_decides(folder: str | None, component: Mapping[str, Any] | None) -> None:
+    """Refuse (InputError) a component beside a Hugging Face folder, which says what to build."""
+    if component is None or folder is None or is_own_folder(folder):
+        return
+    raise InputError(
+        f"base_model {folder} is a Hugging Face folder, whose config.json says what to build: "
+        "leave model out; or, for a model of your own with random weights, leave base_model out "
+        "and set tokenizer to that folder's"
+    )
 
 
 def check_paths(output: str | Path, *, base_model: str | None) -> None:

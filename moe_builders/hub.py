@@ -43,7 +43,7 @@ from moe_builders.hf_source import (
     unquantized_config,
 )
 from moe_builders.initialization import initial_value
-from moe_builders.parallel.sharding import raise_together
+from moe_builders.parallel.agree import raise_together
 from moe_builders.pieces import Piece
 from moe_builders.routing import storage_dtype
 from moe_builders.weights import carried_names, make_plan

@@ -16,6 +16,7 @@ from moe_builders.flops import ModelFlops, experts_per_token, model_flops
 from moe_builders.moe import moe_layers
 from moe_builders.parallel.holdings import Gathered, Held, Parameter, gather_groups, hold
 from moe_builders.parallel.plan import MeshShape, check_expert_parallel, sharding_plan
+from moe_builders.parallel.sharding import group_modules
 from moe_builders.parallel.traffic import (
     Collective,
     ExpertLayer,
@@ -152,7 +153,7 @@ def plan_step(model: Any, settings: StepSettings) -> StepPlan:
     parameters = {
         name: Parameter(tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()
     }
-    modules = sharding_plan(_sharded_modules(model))
+    modules = sharding_plan(group_modules(model))
     held = hold(parameters, modules, mesh, param_dtype=settings.param_dtype)
     groups = gather_groups(held, compute_dtype=settings.compute_dtype, world_size=mesh.size)
     collectives = [
@@ -183,12 +184,6 @@ def plan_step(model: Any, settings: StepSettings) -> StepPlan:
     )
     memory = _memory(model, held, groups, activations, settings)
     return StepPlan(settings, held, memory, collectives, model_flops(model))
-
-
-def _sharded_modules(model: nn.Module) -> list[str]:
-    """Names of what can be a group: ``sharding.shard_model`` leaves out plain containers."""
-    containers = (nn.ModuleList, nn.ModuleDict)
-    return [name for name, module in model.named_modules() if not isinstance(module, containers)]
 
 
 def _expert_layers(model: nn.Module, settings: StepSettings) -> list[ExpertLayer]:

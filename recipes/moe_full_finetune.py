@@ -70,7 +70,7 @@ from moe_builders.training.param_groups import freeze, learning_rates
 from moe_builders.training.plots import Plots
 from moe_builders.training.profiling import StepProfiler
 from moe_builders.training.reporting import Reporter, peak_memory
-from moe_builders.training.rng import rewound_noise
+from moe_builders.training.rng import begin_own_stream, rewound_noise
 from moe_builders.training.run_files import start_run_folder
 from moe_builders.training.stepping import Stepper, build_stepper
 from moe_builders.training.stopping import catch_stop_signals, due, should_stop_early
@@ -286,6 +286,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
     start = find_checkpoint(config.resume, checkpoints)
     base = build_model(config, world, weights=start.checkpoint is None)
     model = base.model
+    begin_own_stream(config.seed, world.rank)
     # a tokenizer of one's own need not tell
     check_fits(model, vocab_size=getattr(tokenizer, "vocab_size", None))
     optimizer = build_optimizer(config.optimizer, model, param_groups=config.param_groups)
@@ -424,6 +425,7 @@ def main(config: RecipeConfig) -> Trained:
     with open_world(
         device=config.device, dp_replicate=config.dp_replicate, dp_shard=config.dp_shard,
         ep=config.ep, timeout_minutes=config.timeout_minutes, deterministic=config.deterministic,
+        settings=asdict(config),
     ) as world:  # fmt: skip
         return run(config, world)
 

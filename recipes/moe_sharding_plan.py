@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_builders.base_model import check_fits, check_one_decides
 from moe_builders.errors import InputError
 from moe_builders.flops import count_parameters
 from moe_builders.hf_source import find_family, read_hf_config
@@ -27,6 +28,7 @@ from moe_builders.router_control import control_routers, replace_routers
 from moe_builders.step_plan import Memory, StepPlan, StepSettings, plan_step
 from moe_builders.training.config import DTYPES, RecipeConfig, parse_command_line
 from moe_builders.training.param_groups import freeze
+from moe_builders.training.schema import above, at_least
 
 GB = 1e9
 
@@ -35,14 +37,16 @@ GB = 1e9
 class PlanConfig(RecipeConfig):
     """A training run's configuration, and what a launcher would have told."""
 
-    world_size: int = 8  # processes
-    node_size: int = 8  # of them in a node
-    device_memory: float = 80.0  # GB (1e9 bytes) of one device
-    state_bytes: float | None = None  # of the optimizer per parameter; null: a known one's
+    world_size: int = at_least(1, default=8)  # processes
+    node_size: int = at_least(1, default=8)  # of them in a node
+    device_memory: float = above(0, default=80.0)  # GB (1e9 bytes) of one device
+    # of the optimizer per parameter; null: a known one's
+    state_bytes: float | None = at_least(0, default=None)
 
 
 def build_model(config: PlanConfig) -> Any:  # differs: never a weight, no processes
     """The decoder on the meta device, with the config's routers, frozen as it says."""
+    check_one_decides(config.base_model, config.model)
     with torch.device("meta"):
         if config.model is not None:
             model = instantiate(config.model, path="model")
@@ -56,6 +60,7 @@ def build_model(config: PlanConfig) -> Any:  # differs: never a weight, no proce
             )
         if config.router is not None:
             replace_routers(model, config.router)
+    check_fits(model, max_seq_len=config.max_seq_len)
     freeze(model, config.freeze, freeze_router=config.freeze_router)
     control_routers(model, asdict(config.routing), asdict(config.expert_bias))
     return model

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from helpers_train import RaggedDataset
 
+from moe_builders.parallel.channel import Channel
 from moe_builders.parallel.heartbeat import LostProcess
 from moe_builders.parallel.launch import launch
 from moe_builders.parallel.world import open_world
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["helpers_cluster"])
 
 
 class Job:
@@ -53,7 +53,7 @@ class Job:
             process.start()
             self.by_rank[rank] = process
 
-    def wait_until_all_are_there(self, seconds=30):
+    def wait_until_all_are_there(self, seconds=120):
         """Until each has given its first sign of life: before, only an agent ends the others."""
         end = time.monotonic() + seconds
         while sum("alive/" in key for key in self.store.list_keys()) < len(self.by_rank):
@@ -63,7 +63,7 @@ class Job:
     def kill(self, rank, number=signal.SIGKILL):
         os.kill(self.by_rank[rank].pid, number)
 
-    def codes(self, seconds=60):
+    def codes(self, seconds=180):
         """Exit codes by rank; a process that has not ended by then is an error."""
         end = time.monotonic() + seconds
         for process in self.by_rank.values():
@@ -107,7 +107,7 @@ class Fate:
     how: str
 
 
-def small_run(fate, timeout_minutes=1.0):
+def small_run(fate, timeout_minutes=10.0):
     """Collectives without a model, five steps of them; one process meets its fate."""
 
     def main(_):
@@ -123,9 +123,9 @@ def small_run(fate, timeout_minutes=1.0):
 
 
 def timeouts(minutes):
-    """Write those of all groups of two copies [s]."""
+    """Write those of all groups of two copies [s], and of one that a thread has for itself."""
     with open_world(device="cpu", dp_replicate=2, timeout_minutes=minutes) as world:
-        groups = [None, *world.mesh.get_all_groups()]
+        groups = [None, *world.mesh.get_all_groups(), Channel(world, own=True).group]
         found = [dist.distributed_c10d._get_default_group() if g is None else g for g in groups]
         cpu = torch.device("cpu")
         print([g._get_backend(cpu).options._timeout.total_seconds() for g in found])

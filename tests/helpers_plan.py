@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_builders.generic import moe_transformer
 from moe_builders.parallel.grad_norm import GradNorm
+from moe_builders.parallel.own_time import OwnTime
 from moe_builders.parallel.sharding import local_shard
 from moe_builders.parallel.world import open_world
 from moe_builders.training.optimizer import build_optimizer
@@ -81,10 +82,11 @@ def held_and_sent(cfg):
         optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
         stepper = build_stepper(optimizer, GradNorm(), world.device, in_backward=False,
                                 offload=False)  # fmt: skip
-        step = next(loader.steps(epochs=1))
+        step, own_time = next(loader.steps(epochs=1)), OwnTime(world, optimizer)
         with Collectives() as counted:
             recipe.train_step(model, step, cfg, world)
             recipe.update(stepper, None, cfg)
+            own_time.take()
         shapes = {n: tuple(local_shard(p).tensor.shape) for n, p in model.named_parameters()}
         held = {name: local_shard(p).tensor.untyped_storage().nbytes()
                 for name, p in model.named_parameters()}  # fmt: skip

@@ -1,8 +1,9 @@
-"""Small runs of the real recipe, in this process or on spawned gloo ranks."""
+"""Small runs of the real recipe, in this process or on gloo ranks of their own."""
 
 import faulthandler
 import gc
 import importlib
+import multiprocessing
 import uuid
 
 import moe_full_finetune as recipe
@@ -21,6 +22,8 @@ from moe_builders.training.low_bit import describe_unquantized
 from moe_builders.training.optimizer import build_optimizer
 from moe_builders.training.stepping import build_stepper
 
+# processes are forked from one that has imported everything: 4 s of a core saved for each
+multiprocessing.set_forkserver_preload(["moe_full_finetune", "helpers_train"])
 VOCAB = 64
 HF_CONFIG = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCAB,
@@ -112,6 +115,14 @@ def first_step(cfg):
         }
 
 
+def draws_after_a_run(cfg):
+    """What each process draws next from torch's stream, where none has drawn more than others."""
+    recipe.main(cfg)
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, float(torch.rand(())))
+    return found
+
+
 def losses_and_weights(cfg):
     """Losses of every step, and the weights that were saved at the end."""
     from safetensors.torch import load_file
@@ -201,14 +212,15 @@ def bits_of(tensor):
 
 
 def on_ranks(size, cases, folder):
-    """Run {name: (function name, arguments…)} on freshly spawned gloo ranks, all in one launch.
+    """Run {name: (function name, arguments…)} on fresh gloo ranks, all in one launch.
 
     Returns:
         {name: what rank 0 got}; the other ranks' answers must have been equal.
     """
     # they meet at a file: a port that is free now may be taken a moment later
     meeting = f"file://{folder}/{uuid.uuid4().hex}"
-    mp.spawn(_rank, args=(size, meeting, cases, str(folder)), nprocs=size)
+    args = size, meeting, cases, str(folder)
+    mp.start_processes(_rank, args=args, nprocs=size, start_method="forkserver")
     return torch.load(f"{folder}/ranks{size}.pt", weights_only=False)
 
 

@@ -245,6 +245,7 @@ def _signal(number):
 
 SETUPS = {
     "the first process of three": _processes(3),
+    "`RANK` set by hand": lambda place, patch: patch.setenv("RANK", "0"),
     "without a GPU": lambda place, patch: patch.setattr(torch.cuda, "is_available", lambda: False),
     "a weight file that a download left half done": _cut,
     "a weight file that git-lfs has not fetched": _pointer,

@@ -180,6 +180,16 @@ def test_weights_are_not_lost_when_the_source_has_gone(folder, tmp_path):
     assert all(torch.equal(rescued[name], value) for name, value in model.state_dict().items())
 
 
+def test_weights_that_can_be_saved_nowhere_are_told(folder, tmp_path):
+    base = opened(folder)
+    base.fill(CPU)
+    for name in ("model", "model.own_names"):
+        (tmp_path / name).write_text("in the way")
+    with pytest.raises(InputError, match=r"^the trained model could not be saved \(.*/model is a "
+                       r".*, nor could .*/model.own_names is a .*: make room or mend"):  # fmt: skip
+        base.save(tmp_path / "model")
+
+
 def test_what_the_model_has_no_place_for_is_told(folder, tmp_path, monkeypatch):
     assert opened(folder).notes == []
     assert opened(component=OWN).notes == []

@@ -112,7 +112,7 @@ def test_the_script_queues_itself_again_when_it_is_signalled(tmp_path, signalled
         "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
     }  # fmt: skip
-    ended = subprocess.run(["bash", "-c", script], env=env, timeout=20, check=False)
+    ended = subprocess.run(["bash", "-c", script], env=env, timeout=200, check=False)
     called = tmp_path / "called"
     again = signalled and not done
     assert (called.read_text() if called.exists() else "") == ("requeue 17\n" if again else "")

@@ -22,7 +22,7 @@ from moe_builders.checkpoint.writing import (
     split_into_files,
     write_tensors,
 )
-from moe_builders.parallel.sharding import raise_together
+from moe_builders.parallel.agree import raise_together
 from moe_builders.weights import make_plan, own_rows
 
 MARKER_NAME = "moe_builders.json"  # what makes a folder one of ours

@@ -31,9 +31,9 @@ from moe_builders.checkpoint.manifest import (
 from moe_builders.checkpoint.saving import Background, Contents, Saver, rank_file
 from moe_builders.errors import InputError
 from moe_builders.instantiate import first_line
+from moe_builders.parallel.agree import raise_together
 from moe_builders.parallel.channel import Channel
 from moe_builders.parallel.dcp import copy_to_host, read_tensors_together
-from moe_builders.parallel.sharding import raise_together
 from moe_builders.parallel.world import World
 
 
@@ -108,7 +108,8 @@ class RunCheckpoints:
             if kind is None:
                 raise
         finally:
-            if self._channel is not None:
+            # Ctrl-C while waiting: the thread is still at work in its group
+            if self._channel is not None and self._in_flight is None:
                 self._channel.close()
                 self._channel = None
 

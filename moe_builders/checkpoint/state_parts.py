@@ -20,49 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_builders.parallel.boxes import Box, box_elements, box_shape, overlap, whole_box, within
 from moe_builders.parallel.sharding import local_shard
 from moe_builders.training.shards import like_sharded
 
 Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
 _INNER = {"codes", "scale", "qmap"}  # of torchao's states
 _PART = re.compile(r"(.+?)(?:\.(\w+))?\[(\d+:\d+(?:,\d+:\d+)*)\]")
-
-
-@dataclass(frozen=True)
-class Box:
-    """A region of a parameter: from ``start`` to before ``stop`` in every dim."""
-
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Values along each dim."""
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
-
-    def common(self, other: "Box") -> "Box | None":
-        """Where both lie; None: nowhere."""
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
-        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
-
-    def inside(self, outer: "Box") -> tuple[slice, ...]:
-        """As an index into a tensor that holds ``outer``."""
-        return tuple(
-            slice(a - b, c - b) for a, b, c in zip(self.start, outer.start, self.stop, strict=True)
-        )
-
-    def run_of(self, outer: "Box", shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """First value and number of values in ``outer``'s list of values; None: not in one piece.
-
-        Args:
-            outer: contains this box.
-            shape: of the parameter.
-        """
-        rows = math.prod(shape[1:])
-        if self.shape[1:] != shape[1:] or outer.shape[1:] != shape[1:]:
-            return None
-        return (self.start[0] - outer.start[0]) * rows, self.shape[0] * rows
 
 
 @dataclass(frozen=True)
@@ -88,8 +52,8 @@ class Entry:
     def box(self) -> Box:
         """Of the parameter, that this process holds."""
         shard = local_shard(self.parameter)
-        stop = (o + n for o, n in zip(shard.offset, shard.tensor.shape, strict=True))
-        return Box(tuple(shard.offset), tuple(stop))
+        sides = zip(shard.offset, shard.tensor.shape, strict=True)
+        return tuple(slice(start, start + count) for start, count in sides)
 
     def tensors(self) -> dict[str, Tensor]:
         """The plain tensors it is made of, by the names that a checkpoint gives them."""
@@ -106,10 +70,9 @@ class Entry:
         shape, box = tuple(self.parameter.shape), self.box
         if not shape:
             return "[0:1]"
-        sharded = [dim for dim, count in enumerate(shape) if box.shape[dim] != count]
-        spans = zip(box.start, box.stop, strict=True)
-        named = list(spans)[: max(sharded, default=0) + 1]
-        return "[" + ",".join(f"{start}:{stop}" for start, stop in named) + "]"
+        sharded = [dim for dim, count in enumerate(box_shape(box)) if shape[dim] != count]
+        named = box[: max(sharded, default=0) + 1]
+        return "[" + ",".join(f"{side.start}:{side.stop}" for side in named) + "]"
 
 
 class StoredParts:
@@ -138,7 +101,7 @@ class StoredParts:
     def can_refill(self, entry: Entry) -> bool:
         """Whether what is stored tells all values of an entry, on whatever processes it was."""
         shape, local = tuple(entry.parameter.shape), entry.local
-        if tuple(local.shape) != entry.box.shape:
+        if tuple(local.shape) != box_shape(entry.box):
             return False
         dtype = None if _is_quantised(local) else local.dtype
         if entry.name in self.stored:
@@ -146,9 +109,9 @@ class StoredParts:
             return there == shape and dtype in (None, stored_dtype)
         boxes = self._boxes(entry)
         fit = all(self._fits(box, names, dtype) for box, names in boxes)
-        within = all(all(map(int.__le__, box.stop, shape)) for box, _ in boxes)
-        return bool(boxes) and fit and within and (
-            sum(math.prod(box.shape) for box, _ in boxes) == math.prod(shape)
+        inside = all(overlap(box, whole_box(shape)) == box for box, _ in boxes)
+        return bool(boxes) and fit and inside and (
+            sum(box_elements(box) for box, _ in boxes) == math.prod(shape)
         )  # fmt: skip
 
     def refill(self, entry: Entry, read: Callable[[Mapping[str, Tensor]], None]) -> bool:
@@ -164,12 +127,16 @@ class StoredParts:
         local, own = entry.local, entry.box
         if entry.name in self.stored:
             dtype = self.stored[entry.name][1]
-            empty = torch.empty(own.shape, dtype=dtype, device=local.device)
+            empty = torch.empty(box_shape(own), dtype=dtype, device=local.device)
             whole = like_sharded(empty, entry.parameter)
             read({entry.name: whole})
             local.copy_(local_shard(whole).tensor)
             return _is_quantised(local)
-        needed = [(box, c, names) for box, names in self._boxes(entry) if (c := box.common(own))]
+        needed = [
+            (box, common, names)
+            for box, names in self._boxes(entry)
+            if (common := overlap(box, own)) is not None
+        ]
         tensors = {}
         for _, _, names in needed:
             for name in names.values():
@@ -185,9 +152,9 @@ class StoredParts:
         if _is_quantised(local) and _move_blocks(entry, parts):
             return False
         plain = next(iter(parts[0][2].values())).dtype if "" in parts[0][2] else torch.float32
-        values = torch.empty(own.shape, dtype=plain)
+        values = torch.empty(box_shape(own), dtype=plain)
         for box, common, inner in parts:
-            values[common.inside(own)] = _values(box, inner)[common.inside(box)]
+            values[within(common, own)] = _values(box, inner)[within(common, box)]
         local.copy_(values.to(local.device))
         return _is_quantised(local)
 
@@ -197,21 +164,35 @@ class StoredParts:
         for spans, names in self._parts.get(entry.name, {}).items():
             ends = [tuple(map(int, span.split(":"))) for span in spans.split(",")][: len(shape)]
             ends += [(0, count) for count in shape[len(ends) :]]
-            box = Box(tuple(a for a, _ in ends), tuple(b for _, b in ends))
-            if math.prod(box.shape):
+            box = tuple(slice(start, stop) for start, stop in ends)
+            if box_elements(box):
                 found.append((box, names))
         return found
 
     def _fits(self, box: Box, names: Mapping[str, str], dtype: torch.dtype | None) -> bool:
-        n = math.prod(box.shape)
+        n = box_elements(box)
         if set(names) == {""}:
             shape, stored_dtype = self.stored[names[""]]
-            return shape == box.shape and dtype in (None, stored_dtype)
+            return shape == box_shape(box) and dtype in (None, stored_dtype)
         if set(names) != _INNER:
             return False
         sizes = {key: math.prod(self.stored[name][0]) for key, name in names.items()}
         blocks = sizes["scale"]
         return sizes["codes"] in (n, n // 2) and blocks > 0 and n % blocks == 0
+
+
+def _run_of(box: Box, outer: Box, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """First value and number of values of a box in ``outer``'s list of values, if in one piece.
+
+    Args:
+        box: inside ``outer``.
+        outer: of a parameter.
+        shape: of that.
+    """
+    rows = math.prod(shape[1:])
+    if box_shape(box)[1:] != shape[1:] or box_shape(outer)[1:] != shape[1:]:
+        return None
+    return (box[0].start - outer[0].start) * rows, box_shape(box)[0] * rows
 
 
 def _is_quantised(tensor: Tensor) -> bool:
@@ -222,23 +203,23 @@ def _values(box: Box, inner: Mapping[str, Tensor]) -> Tensor:
     """A part's values, as torchao has them: the code's place in the map times the block's scale."""
     if "" in inner:
         return inner[""]
-    codes, scale, n = inner["codes"].flatten(), inner["scale"], math.prod(box.shape)
+    codes, scale, n = inner["codes"].flatten(), inner["scale"], box_elements(box)
     if codes.numel() != n:  # two values a byte
         codes = torch.stack([codes >> 4, codes & 15], dim=-1)  # [n / 2, 2]
     blocks = inner["qmap"][codes.flatten().int()].view(len(scale), -1)  # [n / block, block]
-    return (blocks * scale[:, None]).view(box.shape)
+    return (blocks * scale[:, None]).view(box_shape(box))
 
 
 def _move_blocks(entry: Entry, parts: list[tuple[Box, Box, dict[str, Tensor]]]) -> bool:
     """Take over codes and scales as they are, if a new part is made of whole blocks of old ones."""
     local: Any = entry.local
-    n, shape, moves = math.prod(entry.box.shape), tuple(entry.parameter.shape), []
+    n, shape, moves = box_elements(entry.box), tuple(entry.parameter.shape), []
     block = n // len(local.scale)
     for box, common, inner in parts:
-        theirs, ours = common.run_of(box, shape), common.run_of(entry.box, shape)
+        theirs, ours = _run_of(common, box, shape), _run_of(common, entry.box, shape)
         if theirs is None or ours is None or "" in inner:
             return False
-        numel, fits = math.prod(box.shape), torch.equal(inner["qmap"], local.qmap.cpu())
+        numel, fits = box_elements(box), torch.equal(inner["qmap"], local.qmap.cpu())
         fits &= block * len(inner["scale"]) == numel
         if not fits or any(number % block for number in (theirs[0], ours[0], ours[1])):
             return False

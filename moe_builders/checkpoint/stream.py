@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from math import prod
 from pathlib import Path
 
 import torch
@@ -12,7 +11,9 @@ from tqdm import tqdm
 from moe_builders.checkpoint.folder import Entry, TensorSource
 from moe_builders.checkpoint.layout import copy_values, laid_out
 from moe_builders.errors import InputError
-from moe_builders.parallel.sharding import LocalShard, local_shard, raise_together
+from moe_builders.parallel.agree import raise_together
+from moe_builders.parallel.boxes import around, box_elements
+from moe_builders.parallel.sharding import LocalShard, local_shard
 from moe_builders.pieces import Piece
 
 _LISTED = 20  # names shown of each kind of mistake
@@ -150,15 +151,15 @@ def _copy_overlap(pieces: Sequence[Piece], folder: TensorSource, shard: LocalSha
     parts = [part for part in overlaps if part is not None]
     if not parts:
         return
-    box = _around(parts)
+    box = around([part.span for part in parts])
     rows = shard.tensor.shape[0] if shard.tensor.ndim else 1
-    if _elements(box) > _AT_ONCE and rows > 1:
+    if box_elements(box) > _AT_ONCE and rows > 1:
         for half in (slice(0, rows // 2), slice(rows // 2, rows)):
             offset = (shard.offset[0] + half.start, *shard.offset[1:])
             _copy_overlap(pieces, folder, LocalShard(shard.tensor[half], offset))
         return
     # what alternates is read once; what lies apart without the bytes between
-    if _elements(box) > sum(_elements(part.span) for part in parts):
+    if box_elements(box) > sum(box_elements(part.span) for part in parts):
         for part in parts:
             _fill_parts([part], part.span, folder, shard.tensor)
     else:
@@ -198,18 +199,6 @@ def _equal(piece: Piece, folder: TensorSource, shard: LocalShard) -> bool:
 
 def _source_of(copy: Piece, plan: Iterable[Piece]) -> str:
     return next(piece.disk for piece in plan if piece.ours == copy.ours and not piece.copy)
-
-
-def _around(parts: Sequence[Piece]) -> tuple[slice, ...]:
-    """The box on disk around all of them."""
-    return tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides))
-        for sides in zip(*(part.span for part in parts), strict=True)
-    )
-
-
-def _elements(box: Iterable[slice]) -> int:
-    return prod(side.stop - side.start for side in box)
 
 
 def _listed(names: Sequence[str]) -> str:

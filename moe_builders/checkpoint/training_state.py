@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from moe_builders.checkpoint.run_checkpoints import Checkpoint
 from moe_builders.checkpoint.state_parts import Entry, StoredParts
 from moe_builders.errors import InputError
+from moe_builders.parallel.agree import gather_objects, raise_together
 from moe_builders.parallel.dcp import stored_tensors
-from moe_builders.parallel.sharding import gather_together, local_shard, raise_together
+from moe_builders.parallel.sharding import local_shard
 from moe_builders.training.stepping import Stepper
 
 _LISTED = 5  # names shown of each kind of difference
@@ -116,7 +117,7 @@ class TrainingState:
         by_name = {name: state for name, _, state in self._states()}
         for name, values in numbers["entries"].items():
             by_name[name].update(values)
-        rounded = sorted(set().union(*gather_together(rounded)))
+        rounded = sorted(set().union(*gather_objects(rounded)))
         if not rounded:
             return []
         return [
@@ -133,7 +134,7 @@ class TrainingState:
             for entry in entries.values()
             if not entry.tensors().keys() <= parts.names(entry.name) and parts.can_refill(entry)
         ]
-        wanted = set().union(*gather_together(own))
+        wanted = set().union(*gather_objects(own))
         return [entry for name, entry in entries.items() if name in wanted]
 
     def _entries(self) -> Iterator[Entry]:

@@ -165,6 +165,8 @@ def copy_other_files(origin: Path, folder: Path) -> None:
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path, _PT)
+        # safetensors makes files that their owner alone may read; others may what the folder says
+        path.chmod(path.parent.stat().st_mode & 0o666)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written: {first_line(error)}") from error
 

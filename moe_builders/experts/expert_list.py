@@ -140,22 +140,26 @@ class ExpertList(nn.Module):
                 )
             answers.append(answer.to(x.dtype))
             start += rows
-        y = torch.cat([*answers, x.new_zeros(x.shape[0] - start, x.shape[1])])  # [a, d]
+        dead = x.new_zeros(x.shape[0] - start, x.shape[1])
+        if idle and torch.is_grad_enabled():
+            dead = _GiveZeros.apply(dead, *idle)
+        # no rows of x: it gets its gradient (which a sharded layer waits for) also from no answer
+        y = torch.cat([*answers, x[:0], dead])  # [a, d]
         if row_weights is not None:
             live = torch.arange(x.shape[0], device=x.device) < start  # [a]
             y = y * torch.where(live, row_weights, 0)[:, None].to(y.dtype)
-        return _GiveZeros.apply(y, *idle) if idle and torch.is_grad_enabled() else y
+        return y
 
 
 class _GiveZeros(torch.autograd.Function):
-    """The rows as they are; parameters that had no part in them get zeros for a gradient."""
+    """Dead rows as they are; parameters that had no part in the others get zeros for a gradient."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, dead: Tensor, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return y.view_as(y)
+        return dead.view_as(dead)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         zeros = [torch.zeros(shape, dtype=dtype, device=on) for shape, dtype, on in ctx.like]
-        return grad, *zeros
+        return None, *zeros

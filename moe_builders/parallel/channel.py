@@ -1,4 +1,4 @@
-"""What processes tell each other beside a step: objects, over the world's group or one of its own.
+"""Objects that processes send each other beside a step: over the world's group or one of its own.
 
 A thread that saves while training goes on must not share a process group with the main thread: its
 messages would get between the others'.
@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_builders.errors import InputError
+from moe_builders.parallel.agree import gather_objects, raise_together
 from moe_builders.parallel.world import World
 
 
@@ -22,10 +23,10 @@ class Channel:
     """
 
     def __init__(self, world: World, *, own: bool) -> None:
-        self.rank, self.size = world.rank, world.size
+        self.rank = world.rank
         self.group: dist.ProcessGroup | None = None
         if own:
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=world.timeout)
             assert isinstance(group, dist.ProcessGroup), "it has all processes"
             self.group = group
 
@@ -36,18 +37,11 @@ class Channel:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What each process has, by rank; every process must call it, and all wait."""
-        if self.size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        return gather_objects(value, self.group)
 
     def raise_together(self, error: InputError | None) -> None:
         """Raise the first process's error on every process, if there is one."""
-        messages = self.gather_objects(None if error is None else str(error))
-        first = next((message for message in messages if message is not None), None)
-        if first is not None:
-            raise InputError(first) from error
+        raise_together(error, self.group)
 
     def close(self) -> None:
         """Give its own group back, if it has one."""

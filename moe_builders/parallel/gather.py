@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_builders.errors import InputError
+from moe_builders.parallel.agree import num_processes
 from moe_builders.parallel.boxes import (
     Box,
     box_shape,
@@ -79,11 +80,6 @@ def gather_wanted(wanted: Sequence[Wanted | None]) -> Tensor | None:
         if received is not target:
             target.copy_(received)
     return own
-
-
-def num_processes() -> int:
-    """How many processes take part."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _send(request: Wanted, rank: int, receiver: int) -> list[dist.P2POp]:

@@ -8,6 +8,27 @@ import torch.distributed as dist
 
 from moe_builders.errors import InputError
 
+_LAST_PORT = 65535
+
+
+def launched_as() -> tuple[int, int] | None:
+    """Rank and number of processes, as the launcher's variables say; None without a launcher.
+
+    Raises:
+        InputError: RANK is there, but what the variables say is no rank of a launch.
+    """
+    if "RANK" not in os.environ:  # WORLD_SIZE alone may be left over from something else
+        return None
+    texts = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    rank, size = (int(text) if text.isdecimal() else -1 for text in texts)
+    if not 0 <= rank < size:
+        raise InputError(
+            f"the environment says RANK={texts[0]!r} and WORLD_SIZE={texts[1]!r}, but a rank must "
+            "be one of 0 … WORLD_SIZE-1: launch with torchrun or tune run, which set both, or "
+            "unset RANK for one process"
+        )
+    return rank, size
+
 
 def meeting_place(rank: int, size: int, timeout: timedelta) -> dict[str, Any]:
     """Arguments of ``init_process_group`` for a process that torchrun has launched.
@@ -23,8 +44,16 @@ def meeting_place(rank: int, size: int, timeout: timedelta) -> dict[str, Any]:
         timeout: for the store to answer.
 
     Raises:
-        InputError: several torchruns may start again, and would meet in the old store.
+        InputError: several torchruns may start again, and would meet in the old store; or no
+            launcher said where to meet.
     """
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal() or int(port) > _LAST_PORT:
+        raise InputError(
+            f"the environment says RANK={rank}, MASTER_ADDR={host!r} and MASTER_PORT={port!r}, "
+            f"but must name a host and a port of at most {_LAST_PORT}: launch with torchrun or "
+            "tune run, which set them, or unset RANK for one process"
+        )
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
@@ -37,7 +66,6 @@ def meeting_place(rank: int, size: int, timeout: timedelta) -> dict[str, Any]:
                 "--max_restarts 0"
             )
         return {}
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+    store = dist.TCPStore(host, int(port), size, is_master=False, timeout=timeout)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"start_{start}", store), "rank": rank, "world_size": size}

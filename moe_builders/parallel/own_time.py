@@ -1,7 +1,7 @@
 """Seconds of a step that are a process's own: in all others it may be waiting for somebody.
 
 Two parts of a step know no collective: fetching the step's data, and the optimizer's update of the
-process's shards, of which all processes have alike. A process that is slow in them is slow itself;
+process's shards, which are as large as anybody's. A process that is slow in them is slow itself;
 the steps of all processes take equally long, whoever holds them up.
 
 Letters: size processes.

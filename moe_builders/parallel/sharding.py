@@ -6,23 +6,19 @@ whole step's.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_builders.errors import InputError
+from moe_builders.parallel.agree import num_processes
 from moe_builders.parallel.boxes import box_shape, held_box, whole_box
 from moe_builders.parallel.expert_parallel import check_dispatcher, deal_out_experts
-from moe_builders.parallel.gather import gather_boxes, num_processes
+from moe_builders.parallel.gather import gather_boxes
 from moe_builders.parallel.plan import Place, place_parameters, sharding_plan
 from moe_builders.parallel.world import World
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward there is nothing to hook into
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,15 @@ def needs_sharding(model: nn.Module, world: World, *, compute_dtype: torch.dtype
     wide = torch.promote_types(compute_dtype, torch.float32)
     casts = any(p.dtype != compute_dtype for p in model.parameters()) or compute_dtype != wide
     return world.size > 1 or casts
+
+
+def group_modules(model: nn.Module) -> list[str]:
+    """Names of modules that can be gathered by themselves.
+
+    Containers have no forward to hook into: a plain list of experts, say, goes with its layer.
+    """
+    containers = (nn.ModuleList, nn.ModuleDict)
+    return [name for name, module in model.named_modules() if not isinstance(module, containers)]
 
 
 def shard_model(
@@ -77,21 +82,21 @@ def shard_model(
             param_dtype=compute_dtype, reduce_dtype=wide if world.size > 1 else compute_dtype
         ),
     }
-    groups = sharding_plan(name for name, _ in model.named_modules())
+    groups = sharding_plan(group_modules(model))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     places = place_parameters(shapes, groups, world.shape)
     meshes = {"experts": world.mesh}
     if world.expert_mesh is not None:
         meshes["experts"] = _sharding_axes(world.expert_mesh)
-        for group in groups:
-            if group.kind == "experts":
+        for group in sharding_plan(name for name, _ in model.named_modules()):
+            if group.kind == "experts":  # plain lists, too: they are refused
                 deal_out_experts(
                     model, group.module, world.expert_mesh["ep"], dispatcher=dispatcher
                 )
     for group in groups:
         module = model.get_submodule(group.module)
-        if next(module.parameters(), None) is None or isinstance(module, _CONTAINERS):
-            continue  # a plain list of experts, say, is gathered with its layer
+        if next(module.parameters(), None) is None:
+            continue
         fully_shard(
             module,
             mesh=meshes.get(group.kind, world.mesh),
@@ -123,23 +128,6 @@ def local_shard(tensor: Tensor) -> LocalShard:
     box, local = held_box(tensor), tensor.to_local()
     assert local.shape == box_shape(box), f"{tensor.placements} on {tensor.device_mesh}"
     return LocalShard(local, tuple(side.start for side in box))
-
-
-def gather_together(value: Any) -> list[Any]:
-    """What each process has, by rank; every process must call it, and all wait."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def raise_together(error: InputError | None) -> None:
-    """Raise on every process if any has an error: none is left waiting for one that stopped."""
-    messages = gather_together(None if error is None else str(error))
-    first = next((message for message in messages if message is not None), None)
-    if first is not None:
-        raise InputError(first) from error
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

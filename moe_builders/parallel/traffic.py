@@ -16,6 +16,7 @@ from moe_builders.parallel.plan import MeshShape
 What = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 Axis = Literal["dp_replicate", "dp_shard", "dp_shard × ep", "ep", "all"]
 _COUNT, _INT, _DOUBLE = 4, 8, 8  # bytes of a count, of a place or total, of a statistic
+_SECONDS = 4  # bytes of what a process tells of its own time
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def small_traffic(
     experts_apart: bool,
     dense_shards: int,
 ) -> list[Collective]:
-    """What a step adds up besides: token counts, losses, loads, tallies, the gradients' norm.
+    """What a step adds up besides: token counts, losses, loads, tallies, seconds, the norm.
 
     Args:
         layers: those with experts; all have the same number of them.
@@ -227,8 +228,8 @@ def small_traffic(
     n, table = mesh.size, len(layers) * layers[0].num_experts if layers else 0
     found = []
     if n > 1:
-        sums = 5 * _INT + 4 * _DOUBLE + 3 * table * _DOUBLE
-        calls = 3 + (tally_size > 0) + global_counts
+        sums = 5 * _INT + 4 * _DOUBLE + 3 * table * _DOUBLE + 2 * n * _SECONDS
+        calls = 4 + (tally_size > 0) + global_counts
         whole = sums + tally_size * _DOUBLE + global_counts * table * _DOUBLE
         found.append(Collective("counts, losses, loads", "all_reduce", "all", n, calls, whole))
     rest: Axis = "dp_shard × ep" if mesh.ep > 1 else "dp_shard"

@@ -1,7 +1,7 @@
 """Who takes part: rank, size, device and mesh, launched by torchrun or not at all."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,14 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_builders.errors import InputError
 from moe_builders.instantiate import first_line
+from moe_builders.parallel.agree import gather_objects
 from moe_builders.parallel.heartbeat import (
     Heartbeat,
     LostProcess,
     of_a_collective,
     signs_of_life,
 )
-from moe_builders.parallel.meeting import meeting_place
+from moe_builders.parallel.meeting import launched_as, meeting_place
 from moe_builders.parallel.plan import MeshShape, choices
+from moe_builders.parallel.same_settings import check_same_settings
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class World:
         expert_mesh: axes ("dp_replicate", "dp_shard", "ep") of the same processes, for routed
             experts; None where ep is 1, and they live as everything else does.
         heartbeat: tells the others that this process lives; None: nobody would miss it.
+        timeout: how long a collective waits for the others; None: as torch has it.
     """
 
     rank: int
@@ -44,6 +47,7 @@ class World:
     mesh: DeviceMesh
     expert_mesh: DeviceMesh | None = None
     heartbeat: Heartbeat | None = None
+    timeout: timedelta | None = None
 
     @property
     def is_first(self) -> bool:
@@ -71,11 +75,7 @@ class World:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What each process has, by rank; every process must call it, and all wait."""
-        if self.size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
-        return gathered
+        return gather_objects(value)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -97,6 +97,7 @@ def open_world(
     ep: int = 1,
     timeout_minutes: float = 30.0,
     deterministic: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[World]:
     """Join the processes that torchrun launched, or be the only one; leave them at the end.
 
@@ -109,19 +110,20 @@ def open_world(
         timeout_minutes: after which a collective that a process does not join is an error, and
             until which all have to be there at the start.
         deterministic: refuse operations whose result depends on the order of threads.
+        settings: a configuration that has to be the same for all processes; None: not compared.
 
     Raises:
-        InputError: no such device, or the axes do not multiply to the number of processes.
+        InputError: no such device, the axes do not multiply to the number of processes, or the
+            processes have other settings.
         LostProcess: the others did not come, or one of them is gone.
     """
-    kind = _device_type(device)
+    kind, timeout = _device_type(device), None
     joined_here = not dist.is_initialized()
-    launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
-    size, rank = 1, 0
-    if not joined_here:
-        size, rank = dist.get_world_size(), dist.get_rank()
-    elif launched:
-        size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if joined_here:
+        launched = launched_as()
+        rank, size = launched or (0, 1)
+    else:
+        launched, rank, size = None, dist.get_rank(), dist.get_world_size()
     shape = mesh_shape(size, dp_replicate=dp_replicate, dp_shard=dp_shard, ep=ep)
     own_device = _own_device(kind)
     if joined_here:
@@ -139,16 +141,15 @@ def open_world(
             if not of_a_collective(error):
                 raise
             raise LostProcess(_not_met(size, timeout_minutes, error)) from error
-    mesh, expert_mesh = _meshes(kind, shape)
-    if joined_here:  # groups of a mesh are made with torch's own timeout
-        for group in [g for m in (mesh, expert_mesh) if m is not None for g in m.get_all_groups()]:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
     try:
         with (
             signs_of_life(rank, size) if joined_here and size > 1 else nullcontext() as heartbeat,
             _deterministic() if deterministic else nullcontext(),
         ):
-            yield World(rank, size, own_device, mesh, expert_mesh, heartbeat)
+            if settings is not None and size > 1:
+                check_same_settings(settings)  # before anything whose shape depends on them
+            mesh, expert_mesh = _meshes(kind, shape, timeout)
+            yield World(rank, size, own_device, mesh, expert_mesh, heartbeat, timeout)
     except BaseException:
         # NCCL's farewell waits for processes that may be stuck; leaving without it lets this one
         # end and the launcher stop the others
@@ -204,15 +205,22 @@ def _own_device(kind: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _meshes(kind: str, shape: MeshShape) -> tuple[DeviceMesh, DeviceMesh | None]:
+def _meshes(
+    kind: str, shape: MeshShape, timeout: timedelta | None
+) -> tuple[DeviceMesh, DeviceMesh | None]:
     """For all parameters, and for routed experts where those live elsewhere."""
     names, copies = ("dp_replicate", "dp_shard"), shape.dp_replicate
     axes = slice(0 if copies > 1 else 1, None)  # no axis for a single copy
     mesh = init_device_mesh(kind, (copies, shape.shards("layer"))[axes], mesh_dim_names=names[axes])
-    if shape.ep == 1:
-        return mesh, None
-    whole = (copies, shape.dp_shard, shape.ep)
-    return mesh, init_device_mesh(kind, whole, mesh_dim_names=(*names, "ep"))
+    expert_mesh = None
+    if shape.ep > 1:
+        whole = (copies, shape.dp_shard, shape.ep)
+        expert_mesh = init_device_mesh(kind, whole, mesh_dim_names=(*names, "ep"))
+    if timeout is not None:  # a mesh makes its groups with torch's own
+        for made in (mesh, expert_mesh):
+            for group in made.get_all_groups() if made is not None else ():
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return mesh, expert_mesh
 
 
 def mesh_shape(size: int, *, dp_replicate: int, dp_shard: int, ep: int) -> MeshShape:

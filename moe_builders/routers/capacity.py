@@ -198,8 +198,11 @@ def _pad(routing: Routing, c: int) -> Routing:
     """A limited routing as e runs of c rows."""
     counts, a = routing.num_tokens_per_expert.long(), routing.token_index.shape[0]
     e, t = counts.shape[0], routing.logits.shape[0]
-    if t == 0 or c == 0:
-        return replace(routing, slot_of=None)
+    straight = routing.input_weights
+    if straight is None:
+        straight = torch.ones_like(routing.weights)
+    if t == 0 or c == 0:  # the same parts as with rows: other processes may have some
+        return replace(routing, slot_of=None, input_weights=straight)
     device, mask = counts.device, routing.info.mask
     place = torch.arange(c, device=device).expand(e, c)
     filled = (place < counts[:, None]).flatten()  # [e·c]
@@ -210,9 +213,6 @@ def _pad(routing: Routing, c: int) -> Routing:
     if mask is not None:
         spare = mask.byte().argmax()
         rows = torch.where(mask.any(), rows, 0)
-    straight = routing.input_weights
-    if straight is None:
-        straight = torch.ones_like(routing.weights)
     return replace(
         routing,
         token_index=torch.where(filled, routing.token_index[source], spare),

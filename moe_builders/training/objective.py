@@ -165,7 +165,10 @@ def check_balancing(model: nn.Module, *, load_balancing_coef: float) -> None:
 def _table(routings: Mapping[str, Routing], row: Callable[[Routing], Tensor]) -> Tensor:
     """[l, e], a row a layer."""
     if not routings:
-        raise InputError("the model has no MoE layer, so there is no routing to count or to train")
+        raise InputError(
+            "the model has no MoE layer, so there is no routing to count or to train: name a model "
+            "or base_model with experts"
+        )
     rows = [row(routing) for routing in routings.values()]
     if len({len(r) for r in rows}) > 1:
         raise InputError("layers have different numbers of experts, so their loads make no table")

@@ -34,6 +34,20 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
 
 
+def begin_own_stream(seed: int, rank: int) -> None:
+    """Let a process draw numbers of its own; the first, or a process that is alone, goes on.
+
+    A model's weights must be drawn alike everywhere. Noise on gates, dropout and whatever else is
+    drawn in a step must not: the same numbers for every process's tokens are less noise.
+
+    Args:
+        seed: of the run.
+        rank: of this process.
+    """
+    if rank > 0:
+        torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**64)  # far from any near seed
+
+
 def rewound_noise(device: torch.device) -> AbstractContextManager[None]:
     """Torch's streams go on afterwards from where they stood: what is drawn inside comes again."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -45,13 +45,11 @@ class Stragglers:
                     continue
                 self._in_a_row[place] = 0
                 self._told ^= {place}
-                took = (
-                    f"{float(own[place]):.3f} s (the median process {float(medians[part]):.3f} s)"
-                )
                 state = "slow" if is_slow else "no longer slow"
                 said.append(
                     f"rank {rank} is {state}: in step {number}, as in the {self.steps - 1} before, "
-                    f"to {_PARTS[part]} took it {took}"
+                    f"it took {float(own[place]):.3f} s to {_PARTS[part]} (the median process: "
+                    f"{float(medians[part]):.3f} s)"
                 )
         return said
 

@@ -167,3 +167,19 @@ def test_ctrl_c_at_once_does_not_wait(make, gate):
     assert checkpoints.in_flight is not None
     gate.set()
     checkpoints.wait()
+
+
+def test_ctrl_c_while_the_end_waits_leaves_the_thread_its_group(make, gate, monkeypatch):
+    checkpoints = make()
+    folder = checkpoints.save(1, _tensors(1), {}, {})
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(saving.Background, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.__exit__(None, None, None)
+    assert checkpoints._channel.group is not None
+    gate.set()
+    assert checkpoints.wait() == folder

@@ -283,3 +283,13 @@ def test_publish_refuses_a_path_below_a_file(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file/a/b"):
         with pytest.raises(InputError, match="is a file"), publish(path):
             pass
+
+
+def test_who_may_read_the_folder_may_read_its_files(tmp_path):
+    for mode in (0o755, 0o700, 0o775):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        write_tensors(folder, {SINGLE_NAME: ["a"]}, lambda names: {"a": torch.ones(1)},
+                      with_index=False)  # fmt: skip
+        assert (folder / SINGLE_NAME).stat().st_mode & 0o777 == mode & 0o666

@@ -47,6 +47,8 @@ def answers(tmp_path_factory):
         for split in SPLITS:
             if SPLITS[split][0] == size:
                 cases |= _cases(split, folder)
+        if size == 2:
+            cases["noise"] = ("draws_after_a_run", config(folder / "noise", max_steps=1))
         found |= on_ranks(size, cases, folder)
     return found
 
@@ -110,3 +112,8 @@ def test_twenty_adamw_losses_in_fp32(answers):
     for split in _splits("adamw32"):
         other = torch.tensor(answers[f"{split}/adamw32"]["loss"])
         assert (other - one).abs().max() <= 1e-4, split
+
+
+def test_processes_draw_noise_of_their_own(answers):
+    first, second = answers["noise"]
+    assert first != second

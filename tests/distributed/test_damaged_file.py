@@ -21,7 +21,7 @@ def test_nan_in_one_ranks_slice(tmp_path):
 
 
 def test_an_export_that_one_process_cannot_write(tmp_path):
-    """Only the first process writes, but the other must not wait for it for half an hour."""
+    """The first process makes the folder; the other must not wait for it for half an hour."""
     out = tmp_path / "out"
     out.mkdir()
     (out / ".model.partial").write_text("in the way")

@@ -44,18 +44,18 @@ def test_damage_that_one_process_finds_is_known_to_both(answers):
 
 
 def test_a_process_killed_inside_a_save_ends_the_other_and_spoils_nothing(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
+    forks = multiprocessing.get_context("forkserver")
     answer = tmp_path / "answer"
     meeting = f"file://{tmp_path}/{uuid.uuid4().hex}"
     folder = tmp_path / "checkpoints"
     processes = [
-        spawn.Process(target=die_while_writing, args=(rank, meeting, str(folder), str(answer)))
+        forks.Process(target=die_while_writing, args=(rank, meeting, str(folder), str(answer)))
         for rank in range(2)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, -9]
     name, seconds = json.loads(answer.read_text())
     assert name not in ("InputError", "AssertionError"), "it is not a full disk"

@@ -49,7 +49,7 @@ def _torchrun(folder, *options, plan, **variables):
 def _end(agents, folder):
     """Exit codes; agents that do not end by themselves are ended, and their processes."""
     try:
-        return [agent.wait(120) for agent in agents]
+        return [agent.wait(400) for agent in agents]
     except subprocess.TimeoutExpired:
         for agent in agents:
             agent.terminate()

@@ -42,6 +42,20 @@ def list_of():
     return randomise(ExpertList(networks())).double()
 
 
+def test_no_row_at_all():
+    """A process whose tokens are all padding: what waits for gradients gets zeros, rows too."""
+    experts = list_of()
+    x = torch.full((3, 6), torch.nan, dtype=torch.float64, requires_grad=True)
+    answers = experts(x, torch.zeros(4, dtype=torch.int64))
+    assert (answers == 0).all()
+    assert not answers._is_view(), "FSDP2 warns of views, which lose its hooks"
+    answers.sum().backward()
+    assert x.grad is not None
+    for gradient in (x.grad, *gradients(experts).values()):
+        assert gradient is not None
+        assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_each_row_goes_through_its_expert(weighted):
     experts = list_of()

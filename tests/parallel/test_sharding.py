@@ -17,11 +17,12 @@ from moe_builders.errors import InputError
 from moe_builders.families.qwen3_moe import qwen3_moe_tiny
 from moe_builders.moe import collect_routing
 from moe_builders.parallel import sharding
+from moe_builders.parallel.agree import raise_together
 from moe_builders.parallel.plan import ShardGroup, sharding_plan
 from moe_builders.parallel.sharding import (
+    group_modules,
     local_shard,
     needs_sharding,
-    raise_together,
     shard_model,
     whole_tensor,
 )
@@ -227,3 +228,9 @@ def test_which_rows_four_processes_hold(axes, places, wanted):
         assert shard.tensor.shape[1] == 3
         found.append((shard.offset[0], shard.tensor.shape[0]))
     assert found == wanted
+
+
+def test_a_plain_list_of_experts_is_no_group():
+    names = group_modules(nn.ModuleDict({"layers": nn.ModuleList(
+        [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})])}))  # fmt: skip
+    assert names == ["layers.0.experts.0"]

@@ -74,7 +74,7 @@ def test_meshes_of_a_group_that_is_there_already(fake_group, rank, axes, names, 
         assert (world.mesh.mesh_dim_names, tuple(world.mesh.shape)) == (names, shape)
         assert tuple(world.mesh.get_coordinate()) == divmod(rank, shape[-1])[2 - len(shape) :]
         replicas, shards = (1, *shape)[-2:]
-        assert world.mesh_sizes() == {"dp_replicate": replicas, "dp_shard": shards, "ep": 1}
+        assert world.shape == MeshShape(replicas, shards, 1)
     assert dist.is_initialized(), "who joined it leaves it"
 
 

@@ -18,7 +18,6 @@ from moe_builders.checkpoint.run_checkpoints import RunCheckpoints
 
 STEPS = 12
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["helpers_killed"])
 
 
 def _launch(cfg, size):
@@ -42,7 +41,7 @@ def _kill(processes):
 
 def _finish(processes):
     for process in processes:
-        process.join(120)
+        process.join(400)
     assert [p.exitcode for p in processes] == [0] * len(processes)
 
 

@@ -48,8 +48,8 @@ def test_the_smallest_gpu_that_is_enough():
 
 def test_config_json_is_enough(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
-    text = shown(f"base_model={tmp_path}", "world_size=4", "ep=2", "freeze_router=true",
-                 "optimizer_in_bwd=true", "gradient_accumulation_steps=1",
+    text = shown(f"base_model={tmp_path}", "max_seq_len=256", "world_size=4", "ep=2",
+                 "freeze_router=true", "optimizer_in_bwd=true", "gradient_accumulation_steps=1",
                  "clip_grad_norm=null")  # fmt: skip
     gate = next(row for row in text.splitlines() if row.startswith("layers.*.mlp.router"))
     assert gate.split()[-2:] == ["no", "2"]
@@ -60,7 +60,8 @@ def test_config_json_is_enough(tmp_path):
 def test_routers_of_the_configuration(tmp_path):
     """Experts that pick tokens have no places of choices to send."""
     (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
-    args = (f"base_model={tmp_path}", "world_size=4", "ep=2", "ep_dispatcher=all_gather")
+    args = (f"base_model={tmp_path}", "max_seq_len=256", "world_size=4", "ep=2",
+            "ep_dispatcher=all_gather")  # fmt: skip
 
     def calls(text):
         row = next(r for r in text.splitlines() if r.startswith("experts: counts and places"))
@@ -79,3 +80,20 @@ def test_mistakes_are_sentences(tmp_path):
         shown("~base_model")
     with pytest.raises(InputError, match=r"^ep is 3, but must divide the number of processes"):
         shown(*BUILT, "ep=3")
+    with pytest.raises(InputError, match=r"is a Hugging Face folder, .*: leave model out"):
+        shown(f"base_model={tmp_path}", BUILT[1])
+    with pytest.raises(
+        InputError, match=r"^max_seq_len is 1000000, but the model takes 40960 tokens"
+    ):
+        shown(*BUILT, "max_seq_len=1000000")
+
+
+@pytest.mark.parametrize(
+    ("override", "limit"),
+    [("world_size=0", "at least 1"), ("world_size=-8", "at least 1"), ("node_size=0", "at least 1"),
+     ("device_memory=0", "above 0"), ("state_bytes=-2", "at least 0")],
+)  # fmt: skip
+def test_numbers_that_no_machine_has(override, limit):
+    key, value = override.split("=")
+    with pytest.raises(InputError, match=rf"^{key} is {value}(\.0)?, but must be {limit}"):
+        shown(*BUILT, override)

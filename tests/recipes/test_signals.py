@@ -13,7 +13,6 @@ from helpers_train import config
 from safetensors.torch import load_file
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["helpers_killed"])
 KEYS = {"max_steps": 60, "checkpoint_every_n_steps": 10, "keep_last": None, "num_workers": 1,
         "lr_scheduler": {"_component_": "torchtune.training.get_cosine_schedule_with_warmup",
                          "num_warmup_steps": 5}, "epochs": 30}  # fmt: skip

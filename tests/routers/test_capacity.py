@@ -423,3 +423,11 @@ def test_one_graph_and_one_shape_whatever_is_masked(pad):
         with torch._dynamo.config.patch(error_on_recompile=True):
             y = compiled(x, info)
         assert_near(y, moe(x, info), 1e-12)
+
+
+def test_padding_nothing_has_the_same_parts():
+    """Processes that exchange rows must agree on what there is to exchange, with or without."""
+    padded = Capacity(factor=1, scope="micro", pad=True).limit(routing_of(0), training=True)
+    assert padded.slot_of is None
+    assert padded.input_weights is not None
+    assert padded.input_weights.shape == (0,)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torchao.optim
 from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_builders.errors import InputError
 from moe_builders.training import low_bit
@@ -216,6 +218,16 @@ def test_sizes_of_all_shards(shape, axes, wanted):
     if len(axes) == 1:
         sizes = {len(part) * shape[1] for part in rows}
         assert sizes | ({0} if len(rows) < axes[0][0] else set()) == wanted
+
+
+def test_sizes_where_experts_are_dealt_out_first():
+    """8 experts: 2 processes get 4 each, of which 3 that share them hold 2, 2 and none."""
+    placements = (_StridedShard(0, split_factor=2), Shard(0))
+    mesh = SimpleNamespace(size=(3, 2).__getitem__)
+    parameter = SimpleNamespace(
+        shape=(8, 5), device_mesh=mesh, placements=placements, to_local=None
+    )
+    assert shard_numels(parameter) == {10, 0}
 
 
 @pytest.mark.parametrize("seed", [None, 7])

