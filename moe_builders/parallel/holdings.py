@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import Shard
 
+from moe_builders.parallel.boxes import box_shape, shard_box
 from moe_builders.parallel.plan import Kind, MeshShape, Place, ShardGroup, place_parameters
 from moe_builders.routing import storage_dtype
 
@@ -59,11 +61,8 @@ class Held:
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """What process ``rank`` holds of it."""
-        shape = list(self._part())
-        size, number = shape[self.place.shard_dim], self._number(rank)
-        each = math.ceil(size / self.shards)
-        shape[self.place.shard_dim] = max(0, min(each, size - number * each))
-        return tuple(shape)
+        cut = Shard(self.place.shard_dim)
+        return box_shape(shard_box(self._part(), [self.shards], [cut], [self._number(rank)]))
 
     @property
     def numel(self) -> int:

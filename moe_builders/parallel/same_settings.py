@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_builders.errors import InputError
+from moe_builders.parallel.agree import gather_objects
 
 
 def check_same_settings(settings: Mapping[str, Any]) -> None:
@@ -27,9 +28,7 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
     theirs, host = first
     keys = [key for key in {**theirs, **own} if theirs.get(key, _NONE) != own.get(key, _NONE)]
     differs = (keys[0], own.get(keys[0], _NONE), platform.node()) if keys else None
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, differs)
-    for rank, each in enumerate(found):
+    for rank, each in enumerate(gather_objects(differs)):
         if each is not None:
             key, value, where = each
             raise InputError(

@@ -90,12 +90,12 @@ def bring(answers: Tensor, route: Route) -> Tensor:
 
 def join(own: Tensor, group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Tensor:
     """What all processes have, one after another; ``sizes`` of each along dim 0."""
-    return _Join.apply(own, group, sizes)
+    return _Share.apply(own, group, sizes, True)
 
 
 def sum_home(parts: Tensor, group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Tensor:
     """At home the sum of what all processes have for it: the opposite of ``join``."""
-    return _SumHome.apply(parts, group, sizes)
+    return _Share.apply(parts, group, sizes, False)
 
 
 class _Travel(torch.autograd.Function):
@@ -111,30 +111,19 @@ class _Travel(torch.autograd.Function):
         return (_bring if ctx.out else _send)(grad, ctx.route), None, None
 
 
-class _Join(torch.autograd.Function):
-    """One after another what all processes have; its gradient is added up at home."""
+class _Share(torch.autograd.Function):
+    """What all processes have, one after another; or at home the sum of what all have for it."""
 
     @staticmethod
-    def forward(ctx, own: Tensor, group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.sizes = group, sizes
-        return gather(own, group, sizes)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _added(grad, ctx.group, ctx.sizes), None, None
-
-
-class _SumHome(torch.autograd.Function):
-    """At home the sum of what all processes have for it."""
-
-    @staticmethod
-    def forward(ctx, parts: Tensor, group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.sizes = group, sizes
-        return _added(parts, group, sizes)
+    def forward(
+        ctx, values: Tensor, group: dist.ProcessGroup, sizes: tuple[int, ...], out: bool
+    ) -> Tensor:
+        ctx.group, ctx.sizes, ctx.out = group, sizes, out
+        return (gather if out else _added)(values, group, sizes)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return gather(grad, ctx.group, ctx.sizes), None, None
+        return (_added if ctx.out else gather)(grad, ctx.group, ctx.sizes), None, None, None
 
 
 def _send(rows: Tensor, route: Route) -> Tensor:

@@ -5,7 +5,7 @@ from helpers_train import on_ranks
 
 def test_a_configuration_of_its_own_is_refused_on_all(tmp_path):
     names = ("same", "rate", "seed", "ep", "more")
-    got = on_ranks(2, {name: ("helpers_agreement.sentences", name) for name in names}, tmp_path)
+    got = on_ranks(2, {name: ("helpers_settings.sentences", name) for name in names}, tmp_path)
     assert got["same"] == [None] * 2
     for name, start in {
         "rate": "optimizer.lr is 0.5 for process 1 (on ",
