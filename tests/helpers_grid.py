@@ -8,14 +8,11 @@ import random
 
 import moe_full_finetune as recipe
 import torch
-from helpers_train import VOCAB, NoTokenizer, config
+from helpers_train import VOCAB, config, ready_to_train
 
 from moe_builders.moe import collect_routing
-from moe_builders.parallel.grad_norm import GradNorm
 from moe_builders.parallel.sharding import whole_tensor
 from moe_builders.parallel.world import open_world
-from moe_builders.training.optimizer import build_optimizer
-from moe_builders.training.stepping import build_stepper
 
 SAMPLES = 24
 _COMMON = {
@@ -114,12 +111,7 @@ def two_steps(cfg):
     """Values, gradients, margin of the first step; norms; weights and biases after the second."""
     with open_world(device="cpu", dp_replicate=cfg.dp_replicate, dp_shard=cfg.dp_shard,
                     ep=cfg.ep) as world:  # fmt: skip
-        torch.manual_seed(cfg.seed)
-        model = recipe.build_model(cfg, world).model
-        loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
-        optimizer = build_optimizer(cfg.optimizer, model)
-        stepper = build_stepper(optimizer, GradNorm(), world.device, in_backward=False,
-                                offload=False)  # fmt: skip
+        model, loader, _, stepper = ready_to_train(cfg, world)
         found, norms = {}, []
         steps = loader.steps(epochs=1)
         for number in range(2):

@@ -7,16 +7,14 @@ from dataclasses import replace
 
 import moe_full_finetune as recipe
 import torch
-from helpers_train import VOCAB, NoTokenizer
+from helpers_train import VOCAB, NoTokenizer, ready_to_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_builders.generic import moe_transformer
-from moe_builders.parallel.grad_norm import GradNorm
 from moe_builders.parallel.own_time import OwnTime
 from moe_builders.parallel.sharding import local_shard
 from moe_builders.parallel.world import open_world
 from moe_builders.training.optimizer import build_optimizer
-from moe_builders.training.stepping import build_stepper
 
 KINDS = {
     "allreduce_": "all_reduce", "_allgather_base_": "all_gather",
@@ -76,12 +74,7 @@ class Collectives(TorchDispatchMode):
 def held_and_sent(cfg):
     """Local shapes and bytes of every process, and collectives of one step."""
     with open_world(device="cpu", dp_replicate=cfg.dp_replicate, ep=cfg.ep) as world:
-        torch.manual_seed(cfg.seed)
-        model = recipe.build_model(cfg, world).model
-        loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
-        optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
-        stepper = build_stepper(optimizer, GradNorm(), world.device, in_backward=False,
-                                offload=False)  # fmt: skip
+        model, loader, optimizer, stepper = ready_to_train(cfg, world)
         step, own_time = next(loader.steps(epochs=1)), OwnTime(world, optimizer)
         with Collectives() as counted:
             recipe.train_step(model, step, cfg, world)

@@ -137,16 +137,23 @@ def losses_and_weights(cfg):
     }
 
 
+def ready_to_train(cfg, world):
+    """Model, loader, optimizer and stepper as the recipe's ``run`` makes them."""
+    torch.manual_seed(cfg.seed)
+    model = recipe.build_model(cfg, world).model
+    loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
+    optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
+    stepper = build_stepper(
+        optimizer, GradNorm(), world.device, in_backward=cfg.optimizer_in_bwd, offload=False
+    )
+    return model, loader, optimizer, stepper
+
+
 def learned_buffers(cfg):
     """What routers have learned outside of gradients at a run's end; equal on all processes."""
     found = {}
     with open_world(device=cfg.device) as world:
-        torch.manual_seed(cfg.seed)
-        model = recipe.build_model(cfg, world).model
-        loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
-        optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
-        stepper = build_stepper(optimizer, GradNorm(), world.device, in_backward=False,
-                                offload=False)  # fmt: skip
+        model, loader, _, stepper = ready_to_train(cfg, world)
         steps = loader.steps(epochs=cfg.max_steps)
         for _ in range(cfg.max_steps):
             values = recipe.train_step(model, next(steps), cfg, world)
@@ -165,15 +172,8 @@ def steps_of(cfg):
     The local tensors of all processes are compared where they are copies of one shard.
     """
     with open_world(device=cfg.device, dp_replicate=cfg.dp_replicate, ep=cfg.ep) as world:
-        torch.manual_seed(cfg.seed)
         with torch.compiler.set_stance("force_eager"):
-            model = recipe.build_model(cfg, world).model
-            loader = recipe.build_loader(cfg, world, NoTokenizer(), validation=False)
-            optimizer = build_optimizer(cfg.optimizer, model, param_groups=cfg.param_groups)
-            stepper = build_stepper(
-                optimizer, GradNorm(), world.device,
-                in_backward=cfg.optimizer_in_bwd, offload=False,
-            )  # fmt: skip
+            model, loader, optimizer, stepper = ready_to_train(cfg, world)
             before = {n: whole_tensor(p.detach()).clone() for n, p in model.named_parameters()}
             norms = []
             steps = loader.steps(epochs=1)

@@ -11,13 +11,6 @@ from moe_builders.checkpoint import saving
 from moe_builders.checkpoint.run_checkpoints import RunCheckpoints
 from moe_builders.checkpoint.saving import Saver
 from moe_builders.errors import InputError
-from moe_builders.parallel.world import open_world
-
-
-@pytest.fixture
-def world():
-    with open_world(device="cpu") as opened:
-        yield opened
 
 
 @pytest.fixture

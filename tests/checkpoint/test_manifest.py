@@ -11,13 +11,6 @@ from hypothesis import strategies as st
 from moe_builders.checkpoint import manifest
 from moe_builders.checkpoint.manifest import damage_in_share, problem_of, sealed
 from moe_builders.checkpoint.run_checkpoints import RunCheckpoints, read_checkpoint
-from moe_builders.parallel.world import open_world
-
-
-@pytest.fixture
-def world():
-    with open_world(device="cpu") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -16,13 +16,6 @@ from moe_builders.checkpoint.run_checkpoints import RunCheckpoints, read_checkpo
 from moe_builders.errors import InputError
 from moe_builders.parallel import dcp
 from moe_builders.parallel.dcp import stored_tensors
-from moe_builders.parallel.world import open_world
-
-
-@pytest.fixture
-def world():
-    with open_world(device="cpu") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from moe_builders.errors import InputError
 from moe_builders.families.qwen3_moe import qwen3_moe_tiny
 from moe_builders.parallel.grad_norm import GradNorm
 from moe_builders.parallel.sharding import shard_model
-from moe_builders.parallel.world import open_world
 from moe_builders.training.stepping import Stepper
 
 TOKENS = torch.arange(24).view(2, 12) % 64
@@ -32,12 +31,6 @@ def eager():
     torch.compiler.set_stance("force_eager")  # torchao compiles each shape, which takes seconds
     yield
     torch.compiler.set_stance("default")
-
-
-@pytest.fixture
-def world():
-    with open_world(device="cpu") as opened:
-        yield opened
 
 
 def _run(world, make, *, seed=0, layers=1):
