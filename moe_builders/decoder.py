@@ -4,61 +4,26 @@ Letters: b batch · s sequence · t = b·s tokens · d dim · v vocabulary.
 """
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TiedLinear, TransformerDecoder
 
+from moe_builders.decoder_layer import MoEDecoderLayer
 from moe_builders.errors import InputError
-from moe_builders.moe import moe_layers
+from moe_builders.losses import cross_entropy_sum
+from moe_builders.ops.documents import Documents
+from moe_builders.ops.output_loss import output_cross_entropy_sum, weight_and_bias
+from moe_builders.recomputation import recomputed
 from moe_builders.routing import TokenInfo
 
 LayerBuilder = nn.Module | Callable[[int], nn.Module]
 NormPosition = Literal["before", "after"]
-
-
-class MoEDecoderLayer(TransformerSelfAttentionLayer):
-    """torchtune's pre-norm layer that hands ``info`` on to a MoE in its mlp slot.
-
-    Any mlp whose forward has an ``info`` argument gets it; one that hides a MoE inside without
-    taking ``info`` is refused, since the MoE would route padding.
-    """
-
-    mlp_takes_info = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Look at an mlp when it is put in, also when it replaces another one later."""
-        super().__setattr__(name, value)
-        if name == "mlp":
-            mlp = getattr(value, "_orig_mod", value)  # inside what torch.compile(mlp) returns
-            self.mlp_takes_info = "info" in inspect.signature(mlp.forward).parameters
-            if not self.mlp_takes_info and any(moe_layers(mlp)):
-                raise InputError(
-                    f"the mlp {type(mlp).__name__} holds a MoE, but its forward does not take "
-                    "info, which says which tokens are real: give it that argument and hand it on"
-                )
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        input_pos: Tensor | None = None,
-        info: TokenInfo | None = None,
-    ) -> Tensor:
-        """[b, s, d] -> [b, s, d]; see ``MoEDecoder.forward`` for the rest."""
-        normed = self.sa_norm(x)
-        h = x + self.sa_scale(self.attn(normed, normed, mask=mask, input_pos=input_pos))
-        normed = self.mlp_norm(h)
-        out = self.mlp(normed, info=info) if self.mlp_takes_info else self.mlp(normed)
-        return h + self.mlp_scale(out)
+ACMode = Literal["full", "selective"]
 
 
 class MoEDecoder(TransformerDecoder):
@@ -69,43 +34,58 @@ class MoEDecoder(TransformerDecoder):
     Attributes:
         activation_checkpointing: recompute each layer in backward instead of keeping its
             activations; numbers do not change.
+        ac_mode: what of it: "full": all but the decisions of routers and capacities; "selective":
+            attention and dense mlps, so that no expert computes twice.
         kept_activations: a context around the layers' forward, which may keep what they save for
             backward somewhere else (``torch.autograd.graph.saved_tensors_hooks``).
+        takes_documents: ``mask`` may be ``Documents``.
         probe: called with (name, [b, s, d]) of the embedding and of each layer's output, in every
             forward but not in its recomputation; None: nobody looks.
         embedding_scale: multiplies the embeddings.
         logits_scale: multiplies the logits.
+        linear_cross_entropy: how a loss is made, see ``ops.output_loss``; "none": from logits.
     """
 
+    takes_documents = True
     activation_checkpointing = False
+    ac_mode: str = "full"
     kept_activations: AbstractContextManager = nullcontext()
     probe: Callable[[str, Tensor], None] | None = None
     embedding_scale = 1.0
     logits_scale = 1.0
+    linear_cross_entropy = "chunked"
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         tokens: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         input_pos: Tensor | None = None,
         info: TokenInfo | None = None,
+        labels: Tensor | None = None,
+        divisor: Tensor | None = None,
+        skip_output_layer: bool = False,
     ) -> Tensor | list[Tensor]:
-        """Next-token logits.
+        """Next-token logits, or a loss: made here, where FSDP2 has gathered the output.
 
         Args:
             tokens: [b, s] int.
-            mask: [b, s, s] bool, True = may attend; None: causal.
+            mask: [b, s, s] bool, True = may attend; the documents of packed rows, which need no
+                mask; None: causal.
             input_pos: [b, s] int, positions within each document; None: 0 … s-1.
             info: what routers may know of the t tokens; None: all real, one document a row. Its
                 input_ids, where missing, are ``tokens``.
+            labels: [b, s] int, the token to predict at each position; IGNORE_INDEX = none.
+            divisor: [] int, what the loss is divided by; see ``linear_cross_entropy_sum``.
+            skip_output_layer: of interest is what routers did, labels or not.
 
         Returns:
             [b, s, v] in fp32 (fp64 for fp64 models); after ``set_num_output_chunks`` chunks of it
-            along s in the model's dtype, as torchtune's chunked loss wants them.
+            along s in the model's dtype, as torchtune's chunked loss wants them. With labels their
+            summed cross-entropy [nats] in fp32 (fp64); without the output layer what reaches it.
         """
         b, s = tokens.shape
-        self._validate_inputs(s, mask=mask, input_pos=input_pos)
+        self._validate_inputs(s, mask=mask, input_pos=input_pos)  # pyright: ignore (None or not)
         if info is None:
             rows = torch.arange(b, device=tokens.device).repeat_interleave(s)  # [t]
             info = TokenInfo(sequence_ids=rows, input_ids=tokens.flatten())
@@ -116,23 +96,32 @@ class MoEDecoder(TransformerDecoder):
             h = h * self.embedding_scale
         if self.probe is not None:
             self.probe("tok_embeddings", h)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        if recompute and self.ac_mode not in get_args(ACMode):
+            raise InputError(f"ac_mode {self.ac_mode!r} is not one of full, selective")
         with self.kept_activations:
             for number, layer in enumerate(self.layers):
-                if self.activation_checkpointing and torch.is_grad_enabled():
-                    h = checkpoint(
-                        layer,
-                        h,
-                        mask=mask,
-                        input_pos=input_pos,
-                        info=info,
-                        use_reentrant=False,
-                        context_fn=functools.partial(_recomputation_contexts, layer),
-                    )
+                if recompute and self.ac_mode == "selective":
+                    h = layer(h, mask=mask, input_pos=input_pos, info=info, recompute=True)
+                elif recompute:
+                    h = recomputed(layer, h, mask=mask, input_pos=input_pos, info=info)
                 else:
                     h = layer(h, mask=mask, input_pos=input_pos, info=info)
                 if self.probe is not None:
                     self.probe(f"layers.{number}", h)
-        return self.unembed(h)
+        if skip_output_layer:
+            return self.norm(h)
+        return self.unembed(h) if labels is None else self.loss(h, labels, divisor)
+
+    def loss(self, h: Tensor, labels: Tensor, divisor: Tensor | None = None) -> Tensor:
+        """[b, s, d] of the last layer -> summed cross-entropy []; see ``forward``."""
+        if self.linear_cross_entropy == "none":
+            total = cross_entropy_sum(self.unembed(h), labels)
+            return total if divisor is None else total / divisor
+        return output_cross_entropy_sum(
+            self.norm(h).flatten(0, 1), *weight_and_bias(self.output), labels.flatten(),
+            way=self.linear_cross_entropy, scale=self.logits_scale, divisor=divisor,
+        )  # fmt: skip
 
     def unembed(self, h: Tensor) -> Tensor | list[Tensor]:
         """[b, s, d] -> logits; torchtune's own would round fp64 to fp32."""
@@ -245,28 +234,6 @@ def _around_branches(
     if residual_scale != 1.0:
         modules |= {f"{branch}_scale": _Scale(residual_scale) for branch in ("sa", "mlp")}
     return modules
-
-
-def _recomputation_contexts(
-    layer: nn.Module,
-) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """(around the forward, around its recomputation), as ``checkpoint`` asks for them."""
-    return nullcontext(), _keep_last_routing(layer)
-
-
-@contextmanager
-def _keep_last_routing(layer: nn.Module) -> Iterator[None]:
-    """Put back each MoE's ``last_routing`` at the end.
-
-    Recomputation is no forward of its own: its routing would stand there as the last one and hold
-    on to all that was recomputed, which checkpointing is to save.
-    """
-    kept = [(moe, moe.last_routing) for _, moe in moe_layers(layer)]
-    try:
-        yield
-    finally:
-        for moe, routing in kept:
-            moe.last_routing = routing
 
 
 def _build(builder: LayerBuilder, number: int) -> nn.Module:

@@ -4,7 +4,7 @@ Letters: t tokens · k experts_per_token · a assignments · e experts · d dim.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -33,7 +33,11 @@ class Assigned:
 
 
 class Experts(Protocol):
-    """What answers rows: ``GroupedExperts`` and its like."""
+    """What answers rows: ``GroupedExperts`` and its like.
+
+    One with a true attribute ``takes_tokens`` also takes ``assigned``: it then gets tokens [t, d],
+    copies and adds up rows itself, and gives [t, d].
+    """
 
     def __call__(
         self, x: Tensor, num_tokens_per_expert: Tensor, row_weights: Tensor | None = None, /
@@ -51,7 +55,7 @@ class Dispatcher(Protocol):
 
 
 def dispatch_locally(tokens: Tensor, assigned: Assigned, experts: Experts) -> Tensor:
-    """All experts are here: copy rows, let the experts answer, add up.
+    """All experts are here: copy rows, let the experts answer, add up; or let them do all of it.
 
     Args:
         tokens: [t, d].
@@ -61,6 +65,10 @@ def dispatch_locally(tokens: Tensor, assigned: Assigned, experts: Experts) -> Te
     Returns:
         [t, d]; zero for a token without assignments.
     """
+    if getattr(experts, "takes_tokens", False):
+        whole: Any = experts
+        counts, weights = assigned.num_tokens_per_expert, assigned.row_weights
+        return whole(tokens, counts, weights, assigned=assigned)
     rows = gather_rows(tokens, assigned.token_index, assigned.slot_of)  # [a, d]
     if assigned.input_weights is not None:
         rows = rows * assigned.input_weights[:, None].to(rows.dtype)

@@ -151,6 +151,16 @@ def model_flops(model: nn.Module) -> ModelFlops:
     return ModelFlops(per_token, per_pair)
 
 
+def flops_without_experts(model: Any) -> ModelFlops:
+    """Of attention and of mlps without experts: what ac_mode selective computes again."""
+    parts = [layer.attn for layer in model.layers]
+    parts += [layer.mlp for layer in model.layers if not any(moe_layers(layer.mlp))]
+    sizes = (
+        size for part in parts for name, m in part.named_modules() for size in _matrices(name, m)
+    )
+    return ModelFlops(2.0 * sum(sizes), sum(_per_pair(layer.attn) for layer in model.layers))
+
+
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """All parameters, and those that a token meets: k of e experts, everything else whole.
 

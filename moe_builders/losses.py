@@ -23,10 +23,10 @@ from moe_builders.counts import (
     count_rows,
 )
 from moe_builders.errors import InputError
+from moe_builders.ops.linear_cross_entropy import IGNORE_INDEX
 from moe_builders.routing import Routing
 
 Scope = Literal["sequence", "micro", "global"]
-IGNORE_INDEX = -100  # torchtune's CROSS_ENTROPY_IGNORE_IDX: a position that is not trained on
 
 
 def load_balancing_loss(
@@ -231,16 +231,26 @@ def score_sums(routing: Routing, dtype: torch.dtype | None = None) -> Tensor:
     return probs.sum(0, dtype=dtype)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     """Sum over labelled tokens of -log p(label), in nats; 0 when none is labelled.
 
     Args:
-        logits: [b, s, v] in fp32 or fp64.
+        logits: [b, s, v], or chunks of it along s.
         labels: [b, s] int, the token to predict at each position; IGNORE_INDEX = none.
+
+    Returns:
+        [] in fp32, or fp64 for fp64.
     """
-    return F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    chunks = [logits] if isinstance(logits, Tensor) else logits
+    own = labels.split([chunk.shape[1] for chunk in chunks], dim=1)
+    sums = [
+        F.cross_entropy(
+            chunk.flatten(0, -2).to(torch.promote_types(chunk.dtype, torch.float32)),
+            each.flatten(), ignore_index=IGNORE_INDEX, reduction="sum",
+        )
+        for chunk, each in zip(chunks, own, strict=True)
+    ]  # fmt: skip
+    return torch.stack(sums).sum()
 
 
 def _check_words(**given: tuple[str, Any]) -> None:

@@ -5,6 +5,7 @@ at the end).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
+from moe_builders.decisions import Decisions
 from moe_builders.ops.permute import expert_of_rows, sort_by_expert
 
 # a module named router inside a layer, at any depth: sharded, stored, decayed by rules of its own
@@ -41,11 +43,24 @@ class TokenInfo:
         mask: [t] bool, True = a real token. None: all real.
         sequence_ids: [t] int in [0, t), the document a token belongs to. None: one document.
         input_ids: [t] int, vocabulary ids.
+        decisions: of a forward that will be recomputed. None: it will not.
     """
 
     mask: Tensor | None = None
     sequence_ids: Tensor | None = None
     input_ids: Tensor | None = None
+    decisions: Decisions | None = None
+
+    def decided(self, choose: Callable[[], Tensor]) -> Tensor:
+        """What ``choose`` gives; in a recomputation, what it gave in the forward.
+
+        To be put around everything that compares: selections, cutoffs, drops.
+
+        Args:
+            choose: gives a tensor of whole numbers or bools. A recomputation does not call it: it
+                must draw no random numbers and keep nothing for backward.
+        """
+        return choose() if self.decisions is None else self.decisions.take(choose)
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,8 @@ register_dataclass(Routing)
 class Router(Protocol):
     """Anything that turns token vectors into a Routing; an nn.Module if it has parameters.
 
-    A router may also have
+    What it decides by comparing goes through ``TokenInfo.decided``, so that a recomputation decides
+    the same. It may also have
 
     * ``experts_per_token``: k, or the mean where it varies (what FLOPs are counted with);
     * ``causal``: bool, whether in its present mode (training or not) a token's routing depends on

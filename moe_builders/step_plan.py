@@ -12,11 +12,25 @@ from torch import nn
 
 from moe_builders.activations import Activations, count_activations
 from moe_builders.errors import InputError
-from moe_builders.flops import ModelFlops, experts_per_token, model_flops
+from moe_builders.flops import (
+    ModelFlops,
+    experts_per_token,
+    flops_without_experts,
+    model_flops,
+)
 from moe_builders.moe import moe_layers
-from moe_builders.parallel.holdings import Gathered, Held, Parameter, gather_groups, hold
+from moe_builders.ops.document_kernels import takes_heads
+from moe_builders.parallel.holdings import (
+    Gathered,
+    Held,
+    Parameter,
+    gather_groups,
+    hold,
+    most_gathered,
+    staying,
+)
 from moe_builders.parallel.plan import MeshShape, check_expert_parallel, sharding_plan
-from moe_builders.parallel.sharding import group_modules
+from moe_builders.parallel.sharding import group_modules, sharding_changes
 from moe_builders.parallel.traffic import (
     Collective,
     ExpertLayer,
@@ -24,6 +38,7 @@ from moe_builders.parallel.traffic import (
     fsdp_traffic,
     small_traffic,
 )
+from moe_builders.step_memory import Memory
 from moe_builders.training.param_groups import is_small
 from moe_builders.training.state_size import state_bytes
 
@@ -43,9 +58,11 @@ class StepSettings:
         packed: documents share rows.
         accumulation: micro-batches of a step.
         reshard_after_forward, checkpointing, in_backward, offload_optimizer: switches.
+        ac_mode: what is recomputed, "full" or "selective".
         dispatcher: "all_to_all" or "all_gather".
         global_counts: how often a step counts assignments over all processes for its loss.
         counts_first: each micro-batch has a forward without gradients before, that counts.
+        fused_norms: False: norms as a CPU computes them, which keep more.
     """
 
     mesh: MeshShape
@@ -59,54 +76,23 @@ class StepSettings:
     accumulation: int = 1
     reshard_after_forward: bool = True
     checkpointing: bool = True
+    ac_mode: str = "full"
     in_backward: bool = False
     offload_optimizer: bool = False
     dispatcher: str = "all_to_all"
     global_counts: int = 0
     counts_first: bool = False
+    fused_norms: bool = True
+
+    @property
+    def recomputes_experts(self) -> bool:
+        """Whether experts compute a second forward."""
+        return self.checkpointing and self.ac_mode == "full"
 
     @property
     def num_tokens(self) -> int:
         """t."""
         return self.batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the process that holds most; activations are those of equally loaded experts.
-
-    Attributes:
-        parameters, gradients, states: for as long as the run lasts (gradients: while a step does).
-        host_states: states that lie on the host instead.
-        gathered: the layer at work and the next one, whole, and what stays gathered.
-        root_gradient: of embedding and output, whole: they wait for each other through backward.
-        reducing: a layer's largest group's gradient, whole, as computed and as it is added up.
-        root_reducing: of embedding and output, as they are added up at the end.
-        activations: see there.
-    """
-
-    parameters: int
-    gradients: int
-    states: int
-    host_states: int
-    gathered: int
-    root_gradient: int
-    reducing: int
-    root_reducing: int
-    activations: Activations
-
-    @property
-    def held(self) -> int:
-        """Parameters, gradients and states."""
-        return self.parameters + self.gradients + self.states
-
-    @property
-    def peak(self) -> int:
-        """The worst of three moments: the loss's backward, the first layer's after it, the end."""
-        work = self.activations
-        layer = work.kept + self.root_gradient + self.reducing + work.recomputed + work.moving
-        end = self.root_gradient + self.root_reducing
-        return self.held + self.gathered + max(work.kept + work.logits, layer, end)
 
 
 @dataclass(frozen=True)
@@ -119,6 +105,7 @@ class StepPlan:
         memory: of a process.
         collectives: of a step, of each process.
         flops: of the model.
+        recomputed: of its forward, those that are computed again.
     """
 
     settings: StepSettings
@@ -126,15 +113,16 @@ class StepPlan:
     memory: Memory
     collectives: list[Collective]
     flops: ModelFlops
+    recomputed: ModelFlops
 
     @property
     def step_flops(self) -> float:
         """FLOPs that a process computes in a step, what it recomputes among them."""
         s = self.settings
         pairs = s.batch_size * s.seq_len * (s.seq_len + 1) / 2
-        passes = 3 + s.checkpointing + s.counts_first
-        forward = self.flops.forward(num_tokens=s.num_tokens, attended=pairs)
-        return s.accumulation * passes * forward
+        sizes = {"num_tokens": s.num_tokens, "attended": pairs}
+        forward = (3 + s.counts_first) * self.flops.forward(**sizes)
+        return s.accumulation * (forward + self.recomputed.forward(**sizes))
 
 
 def plan_step(model: Any, settings: StepSettings) -> StepPlan:
@@ -164,7 +152,7 @@ def plan_step(model: Any, settings: StepSettings) -> StepPlan:
         *expert_traffic(
             layers, mesh, dispatcher=settings.dispatcher, num_tokens=settings.num_tokens,
             compute_dtype=settings.compute_dtype, accumulation=settings.accumulation,
-            forwards=1 + settings.checkpointing + settings.counts_first,
+            forwards=1 + settings.recomputes_experts + settings.counts_first,
             answered=1 + settings.counts_first,
         ),
         *small_traffic(
@@ -176,14 +164,29 @@ def plan_step(model: Any, settings: StepSettings) -> StepPlan:
     activations = count_activations(
         model,
         num_tokens=settings.num_tokens,
-        mask_len=settings.seq_len if settings.packed else 0,
+        mask_len=settings.seq_len if settings.packed and _needs_mask(model, settings) else 0,
         compute_dtype=settings.compute_dtype,
         checkpointing=settings.checkpointing,
+        ac_mode=settings.ac_mode,
         ep=mesh.ep,
         dispatcher=settings.dispatcher,
+        fused_norms=settings.fused_norms,
     )
     memory = _memory(model, held, groups, activations, settings)
-    return StepPlan(settings, held, memory, collectives, model_flops(model))
+    flops, again = model_flops(model), ModelFlops(0, 0)
+    if settings.checkpointing:
+        again = flops if settings.recomputes_experts else flops_without_experts(model)
+    return StepPlan(settings, held, memory, collectives, flops, again)
+
+
+def _needs_mask(model: Any, settings: StepSettings) -> bool:
+    """Whether an attention is told by a mask, on GPUs, what documents are."""
+    return not all(
+        getattr(attn, "takes_documents", False)
+        and not getattr(attn, "dropout", 0)
+        and takes_heads(settings.compute_dtype, max(attn.head_dim, getattr(attn, "v_head_dim", 0)))
+        for attn in (layer.attn for layer in model.layers)
+    )
 
 
 def _expert_layers(model: nn.Module, settings: StepSettings) -> list[ExpertLayer]:
@@ -232,42 +235,28 @@ def _memory(
              for group in groups), default=0,
         )  # fmt: skip
     offloaded = settings.offload_optimizer
-    root = [group for group in groups if group.kind == "root"]
+    size, work = settings.mesh.size, activations
+    dtypes = {each.name: each.dtype for each in held}
+    sharded = sharding_changes(dtypes, size=size, compute_dtype=settings.compute_dtype)
+    inner = [group for group in groups if group.kind != "root"]
+    computed = max((g.gradient_bytes for g in inner), default=0)
+    reducing = max((g.gradient_bytes + g.reduced_bytes for g in inner), default=0)
+    backward = max(work.working, work.rows + computed)
+    if sharded:  # one process adds up before it goes on; others while they do
+        backward = work.working + reducing if size > 1 else max(backward, reducing)
+    root = [group for group in groups if group.kind == "root" and sharded]
     return Memory(
         parameters=sum(each.numel * each.dtype.itemsize for each in held),
         gradients=kept,
+        early_gradients=kept if settings.accumulation > 1 else 0,
+        late_gradients=kept if sharded else max(0, kept - computed),
         states=0 if offloaded else round(states),
         host_states=round(states) if offloaded else 0,
-        gathered=_gathered(groups, reshard=settings.reshard_after_forward),
+        gathered=most_gathered(groups, reshard=settings.reshard_after_forward) if sharded else 0,
+        stays=staying(groups, reshard=settings.reshard_after_forward) if sharded else 0,
         root_gradient=sum(g.gradient_bytes for g in root),
-        reducing=max(
-            (g.gradient_bytes + g.reduced_bytes for g in groups if g not in root), default=0
-        ),
+        reducing=reducing if sharded else 0,
         root_reducing=sum(g.reduced_bytes for g in root),
+        layer_backward=backward,
         activations=activations,
     )
-
-
-def _gathered(groups: list[Gathered], *, reshard: bool) -> int:
-    """What stays gathered, the layer at work, and what is on its way: the next one, or a copy.
-
-    FSDP2 gathers into one buffer and copies the weights out of it; going forward it keeps the
-    buffer until the next group has come. A group of one process is copied when it is used.
-    """
-    stays = sum(g.weight_bytes for g in groups if not reshard or g.kind in ("root", "router"))
-    layers: dict[str, list[Gathered]] = {}
-    for group in groups:
-        if group.kind in ("layer", "experts"):
-            layers.setdefault(".".join(group.module.split(".")[:2]), []).append(group)
-    most = 0
-    for own, following in zip(layers.values(), [*list(layers.values())[1:], []], strict=True):
-        sent, sent_next = (
-            [g.weight_bytes for g in each if g.shards > 1] for each in (own, following)
-        )
-        buffer = max(sent, default=0)
-        if reshard:
-            at_work = sum(g.weight_bytes for g in own)
-            most = max(most, at_work + max(buffer, sum(sent_next)))
-        else:
-            most = max(most, buffer)
-    return stays + most

@@ -6,9 +6,11 @@ Letters: e num_experts · k experts_per_token · d dim · h hidden_dim of an exp
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_builders.errors import InputError
+from moe_builders.experts.backends import describe_backend
 from moe_builders.flops import count_parameters, experts_per_token, model_flops
 from moe_builders.moe import MoE, moe_layers
 from moe_builders.moe_size import MoESize
@@ -85,6 +87,23 @@ def describe_routing(model: nn.Module) -> list[str]:
     """
     found = [(name, tuple(_notes(moe))) for name, moe in _moe_layers(model)]
     return [f"{where}: {note}" for where, *notes in _merged(found) for note in notes]
+
+
+def describe_experts(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """How each layer's experts are computed in training, and why, a sentence for equal neighbours.
+
+    Args:
+        model: a decoder, also on the meta device.
+        device, dtype: that compute.
+
+    Raises:
+        InputError: a back end that cannot, see ``experts.backends``.
+    """
+    found = [
+        (name, (describe_backend(moe.experts, device=device, dtype=dtype),))
+        for name, moe in _moe_layers(model)
+    ]
+    return [f"{where}: {told}" for where, told in _merged(found)]
 
 
 def is_causal(moe: MoE, *, training: bool) -> bool | None:

@@ -30,14 +30,16 @@ from moe_builders.data import build as data
 from moe_builders.data.batch import Batch
 from moe_builders.data.loader import Batching, StepLoader, total_steps
 from moe_builders.data.tokenizer import HFTokenizer, load_tokenizer
+from moe_builders.experts.backends import set_backend
 from moe_builders.flops import Utilisation, mfu_of_step, utilisation
-from moe_builders.losses import IGNORE_INDEX, cross_entropy_sum
+from moe_builders.losses import IGNORE_INDEX
 from moe_builders.moe import collect_routing, moe_layer_names
+from moe_builders.ops.output_loss import check_way
 from moe_builders.parallel.grad_norm import GradNorm, clip_gradients
 from moe_builders.parallel.launch import launch
 from moe_builders.parallel.own_time import OwnTime
 from moe_builders.parallel.plan import describe_mesh
-from moe_builders.parallel.sharding import needs_sharding, shard_model
+from moe_builders.parallel.sharding import needs_sharding, shard_model, widen_router_inputs
 from moe_builders.parallel.shared_folder import check_shared_folder
 from moe_builders.parallel.world import World, open_world
 from moe_builders.router_control import (
@@ -47,7 +49,7 @@ from moe_builders.router_control import (
     teach_routers,
 )
 from moe_builders.routing import Routing
-from moe_builders.summary import describe_routing
+from moe_builders.summary import describe_experts, describe_routing
 from moe_builders.training.compiling import compile_layers
 from moe_builders.training.config import DTYPES, RecipeConfig, parse_command_line
 from moe_builders.training.finite_watch import FiniteWatch, Watched, watch_output
@@ -100,12 +102,18 @@ def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> 
     check_fits(base.model, max_seq_len=config.max_seq_len)
     freeze(base.model, config.freeze, freeze_router=config.freeze_router)
     control_routers(base.model, asdict(config.routing), asdict(config.expert_bias))
+    compute_dtype = DTYPES[config.compute_dtype]
+    set_backend(
+        base.model, backend=config.expert_backend, recompute_up=config.recompute_up,
+        device=world.device, dtype=compute_dtype,
+    )  # fmt: skip
     check_balancing(base.model, load_balancing_coef=config.router_losses.load_balancing_coef)
     base.model.activation_checkpointing = config.enable_activation_checkpointing
+    base.model.ac_mode = config.ac_mode
     base.model.kept_activations = activation_offloading(config.enable_activation_offloading)
+    base.model.linear_cross_entropy = check_way(config.linear_cross_entropy, world.device)
     if config.compile:
         compile_layers(base.model.layers)
-    compute_dtype = DTYPES[config.compute_dtype]
     if needs_sharding(base.model, world, compute_dtype=compute_dtype):
         shard_model(
             base.model,
@@ -114,6 +122,8 @@ def build_model(config: RecipeConfig, world: World, *, weights: bool = True) -> 
             reshard_after_forward=config.reshard_after_forward,
             dispatcher=config.ep_dispatcher,
         )
+    else:
+        widen_router_inputs(base.model)
     base.fill(world.device, weights=weights, show=world.is_first)
     return base
 
@@ -158,12 +168,17 @@ def step_totals(step: list[Batch], world: World, *, stop: bool) -> dict[str, Ten
     return tokens | {"cut_samples": cut, "stop": stops}
 
 
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross-entropy [nats] over the labelled tokens of a micro-batch."""
-    logits = model(
-        batch.tokens, mask=batch.attention_mask, input_pos=batch.positions, info=batch.info
-    )  # [b, s, v]
-    return cross_entropy_sum(logits, batch.labels)
+def forward(
+    model: nn.Module, batch: Batch, *, divisor: Tensor | None = None, counts_only: bool = False
+) -> Tensor:
+    """Cross-entropy [nats] summed over the labelled tokens of a micro-batch, by the divisor.
+
+    counts_only: only the routers' choices are of interest, and the output is left out.
+    """
+    return model(
+        batch.tokens, mask=batch.attention_for(model), input_pos=batch.positions, info=batch.info,
+        labels=batch.labels, divisor=divisor, skip_output_layer=counts_only,
+    )  # fmt: skip
 
 
 def step_counts(model: nn.Module, step: list[Batch], config: RecipeConfig, world: World) -> Tensor:
@@ -171,7 +186,7 @@ def step_counts(model: nn.Module, step: list[Batch], config: RecipeConfig, world
     total = torch.zeros((), dtype=torch.int64, device=world.device)
     with torch.no_grad(), rewound_noise(world.device):
         for batch in step:
-            forward(model, batch)
+            forward(model, batch, counts_only=True)
             total = total + layer_counts(loss_routings(model, batch, config))
     return world.sum(total)
 
@@ -204,7 +219,7 @@ def train_step(
     sums = torch.zeros(4, device=world.device, dtype=torch.float64)  # lm, balance, z, own
     load, tally = sums.new_zeros(()), sums.new_zeros(())
     for batch in step:
-        lm_sum = forward(model, batch)
+        lm = forward(model, batch, divisor=num_labels)
         routings = loss_routings(model, batch, config)
         load = load + layer_loads(routings)  # [3, l, e]: assigned, kept, scores
         tally = tally + tally_routers(model)
@@ -220,12 +235,12 @@ def train_step(
             counts=scope_counts,
         )
         loss = (
-            lm_sum / num_labels + losses.load_balancing_coef * router["balance"]
+            lm + losses.load_balancing_coef * router["balance"]
             + losses.z_coef * router["z"] + losses.own_coef * router["own"]
         )  # fmt: skip
         watch_output(model, loss)
         loss.backward()  # gradients are added up over processes: this is one's part of the mean
-        parts = lm_sum / num_labels, router["balance"], router["z"], router["own"]
+        parts = lm, router["balance"], router["z"], router["own"]
         sums += torch.stack(parts).detach()
     sums, load, tally = world.sum(sums), world.sum(load), world.sum(tally)
     shown = {"loss": sums[0], "balance": sums[1], "z": sums[2], "own": sums[3]}
@@ -332,6 +347,7 @@ def run(config: RecipeConfig, world: World) -> Trained:
         reporter.say(
             *describe_mesh(world.shape, dispatcher=config.ep_dispatcher),
             *kept.notes, *loader.notes, *base.notes, *describe_routing(model),
+            *describe_experts(model, device=world.device, dtype=DTYPES[config.compute_dtype]),
             *describe_unquantized(optimizer, model),
             *describe_schedule(config.lr_scheduler, num_steps=num_steps),
         )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 
 from moe_builders.base_model import check_fits, check_one_decides
 from moe_builders.errors import InputError
+from moe_builders.experts.backends import set_backend
 from moe_builders.flops import count_parameters
 from moe_builders.hf_source import find_family, read_hf_config
 from moe_builders.instantiate import instantiate
@@ -63,6 +64,8 @@ def build_model(config: PlanConfig) -> Any:  # differs: never a weight, no proce
     check_fits(model, max_seq_len=config.max_seq_len)
     freeze(model, config.freeze, freeze_router=config.freeze_router)
     control_routers(model, asdict(config.routing), asdict(config.expert_bias))
+    set_backend(model, recompute_up=config.recompute_up)
+    model.linear_cross_entropy = config.linear_cross_entropy
     return model
 
 
@@ -91,6 +94,7 @@ def settings_of(config: PlanConfig) -> StepSettings:
         accumulation=accumulation,
         reshard_after_forward=config.reshard_after_forward,
         checkpointing=config.enable_activation_checkpointing,
+        ac_mode=config.ac_mode,
         in_backward=config.optimizer_in_bwd,
         offload_optimizer=config.offload_optimizer,
         dispatcher=config.ep_dispatcher,

@@ -1,6 +1,7 @@
 """How large the tensors are that some operations make."""
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -15,3 +16,10 @@ class Largest(TorchDispatchMode):
             if isinstance(made, torch.Tensor):
                 self.elements = max(self.elements, made.numel())
         return out
+
+
+def largest_allocation(function) -> int:
+    """Bytes of the largest piece of memory that a call asks for, also inside custom operators."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return max(event.self_cpu_memory_usage for event in profiler.events())

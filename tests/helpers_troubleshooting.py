@@ -261,6 +261,7 @@ SETUPS = {
         _write(place / "model/tokenizer_config.json", '{"chat_template": null}'),
         shutil.copy(place / "chats.yaml", place / "my.yaml"))[2:],
     "bitsandbytes is not installed": _without("bitsandbytes"),
+    "liger-kernel is not installed": _without("liger_kernel"),
     "tensorboard is not installed": _without("tensorboard"),
     "nobody has logged in": _no_login,
     "a folder `code` that no run has written": lambda place, patch: (

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from moe_builders.activations import count_activations
+from moe_builders.families import BY_MODEL_TYPE
 from moe_builders.generic import moe_transformer
-from moe_builders.losses import cross_entropy_sum
+from moe_builders.ops.linear_cross_entropy import linear_cross_entropy_sum, working_bytes
 from moe_builders.parallel.plan import MeshShape
 from moe_builders.parallel.traffic import Collective
 from moe_builders.parallel.world import open_world
@@ -81,6 +83,54 @@ def test_unequal_work_is_refused():
     found["eager"]["norms"] = [float("nan")]
     with pytest.raises(SystemExit, match="first norms"):
         train_step.check_equal_work(found, "fp32")
+
+
+@pytest.mark.parametrize("shape", list(train_step.PUBLIC))
+def test_released_models_with_fewer_layers_are_those_of_both_sides(shape):
+    fields = train_step.public_fields(shape)
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        ours = BY_MODEL_TYPE[config.model_type].build(config.to_dict())
+    assert len(ours.layers) == train_step.PUBLIC[shape][1]
+    total = sum(p.numel() for p in ours.parameters())
+    assert total == sum(p.numel() for p in theirs.parameters())
+    assert 1e9 < total < 3e9
+    assert ours.tok_embeddings.num_embeddings == train_step.vocabulary(shape)
+
+
+def test_even_routing_is_shown_and_not_compared():
+    found = {"recipe": values([1.0]), "recipe, balanced": values([0.5]),
+             "grouped_mm": values([2.0])}  # fmt: skip
+    ways = train_step.compare(found, tokens=100)["ways"]
+    assert ways["recipe"]["speed_ratio"] == 2
+    assert ways["recipe, balanced"] == {"tokens_per_second": 200, "above_mib": 100 / MIB}
+    work = {"recipe": {"losses": [5.0], "norms": [1.0]},
+            "recipe, balanced": {"losses": [6.0], "norms": [2.0]}}  # fmt: skip
+    assert train_step.check_equal_work(work, "fp32") == {"losses": 0, "norms": 0}
+    chosen = train_step.parse(["--ways", "recipe", "eager", "--routing", "real", "balanced"])
+    assert train_step.ways_of(chosen) == ["recipe", "eager", "recipe, balanced"]
+    case = train_step.Case("e8_k2", "fp32", "recipe, balanced", "", "cpu", 1, 1, 1)
+    assert (case.kind, case.router) == ("recipe", train_step.BALANCED)
+
+
+def test_the_fastest_of_theirs_takes_part(monkeypatch):
+    seconds = {"grouped_mm": [3.0, 1.0, 2.0], "eager": [5.0]}
+
+    def measure(cases, warmup, repeats):
+        (case,) = cases
+        if case.way not in seconds:
+            raise train_step.NoRoom(f"{case.way}: out of memory: 9 GiB")
+        return {case.way: {"seconds": seconds[case.way]}}
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    cases = [train_step.Case("s", "bf16", way, "", "cuda", 1, 1, 1)
+             for way in ("recipe", "eager", "grouped_mm", "batched_mm")]  # fmt: skip
+    told = []
+    kept, alone = train_step.choose_theirs(cases, told.append)
+    assert [case.way for case in kept] == ["recipe", "grouped_mm"]
+    assert alone == {"grouped_mm": 2.0, "eager": 5.0}
+    assert told == ["s bf16 batched_mm: out of memory: 9 GiB"]
 
 
 def test_a_trial_from_the_command_line(tmp_path):
@@ -243,14 +293,13 @@ def test_logits_take_what_the_plan_says(dtype):
         vocab_size=24000, embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
         num_experts=4, experts_per_token=2, expert_hidden_dim=32, max_seq_len=512,
     ).to(dtype)  # fmt: skip
+    model.linear_cross_entropy = "none"
     tokens = torch.randint(0, 24000, (2, 256))
 
-    def forward():
-        return cross_entropy_sum(model(tokens), tokens)  # logits end here, as in the recipe
-
     def step():
-        loss = forward()
+        loss = model(tokens, labels=tokens)
         loss.backward()
+        del loss  # the gradients of what it was made of are no part of the next peak
         model.zero_grad()
 
     step()  # the first one leaves what the next one finds
@@ -258,3 +307,21 @@ def test_logits_take_what_the_plan_says(dtype):
         model, num_tokens=512, mask_len=0, compute_dtype=dtype, checkpointing=False
     )
     assert wanted.logits + wanted.kept == pytest.approx(measuring.peak_bytes(step, CPU), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [40, 700])
+def test_a_loss_without_logits_takes_what_the_plan_says(t, dtype):
+    d, v = 64, 16000
+    h = torch.randn(t, d).to(dtype).requires_grad_()
+    weight = torch.randn(v, d).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (t,))
+
+    def step():
+        loss = linear_cross_entropy_sum(h, weight, None, labels)
+        (loss / 3).backward()
+        h.grad = weight.grad = None
+
+    step()
+    wanted = working_bytes(num_tokens=t, dim=d, vocab_size=v, dtype=dtype, on_cpu=True)
+    assert wanted == pytest.approx(measuring.peak_bytes(step, CPU), rel=0.1)

@@ -1,11 +1,14 @@
 """The whole decoder: what it must give whichever way it is called, packed, cached or recomputed."""
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers import assert_near, assert_same_bits, gradients
 from helpers_decoder import V, batch, decoder_of
 from torchtune.generation import generate
 
+from moe_builders.errors import InputError
 from moe_builders.losses import cross_entropy_sum, load_balancing_loss, router_z_loss
 from moe_builders.moe import collect_routing
 from moe_builders.ops.masks import block_causal_mask
@@ -59,9 +62,33 @@ def test_two_forwards_then_two_backwards(checkpointing):
         assert routing.info.mask is second[1].mask
 
 
-def test_nothing_is_recomputed_without_gradients():
+def test_selective_recomputes_all_but_experts_and_changes_no_bit():
     model = decoder_of()
-    model.activation_checkpointing = True
+    wanted = run(model, *batch())
+    counts = Counter()
+    for name, module in model.named_modules():
+        if name.endswith(("attn", "sa_norm", "mlp_norm", "mlp", "router", "experts")):
+            module.register_forward_pre_hook(lambda *_, name=name: counts.update([name]))
+    model.activation_checkpointing, model.ac_mode = True, "selective"
+    assert_same_bits(run(model, *batch()), wanted)
+    for number, dense in enumerate((False, True, False)):
+        layer = f"layers.{number}."
+        assert counts[f"{layer}attn"] == counts[f"{layer}sa_norm"] == 2
+        assert counts[f"{layer}mlp"] == counts[f"{layer}mlp_norm"] == 1 + dense
+        assert dense or counts[f"{layer}mlp.router"] == counts[f"{layer}mlp.experts"] == 1
+
+
+def test_an_unknown_mode_is_refused():
+    model = decoder_of()
+    model.activation_checkpointing, model.ac_mode = True, "some"
+    with pytest.raises(InputError, match=r"^ac_mode 'some' is not one of full, selective$"):
+        model(batch()[0])
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_nothing_is_recomputed_without_gradients(mode):
+    model = decoder_of()
+    model.activation_checkpointing, model.ac_mode = True, mode
     tokens, info = batch()
     with torch.no_grad():
         logits = model(tokens, info=info)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_near, gradients
 from helpers_decoder import D, V, attention, batch, decoder_of, mlp
+from helpers_memory import largest_allocation
+from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from moe_builders.decoder import moe_decoder
 from moe_builders.errors import InputError
 from moe_builders.initialization import initial_value
+from moe_builders.losses import IGNORE_INDEX, cross_entropy_sum
 
 
 def test_it_is_torchtunes_decoder():
@@ -67,6 +70,75 @@ def test_chunks_of_logits():
     whole = model(tokens)
     model.set_num_output_chunks(3)
     assert_near(torch.cat(model(tokens), 1), whole, 1e-6)
+
+
+LABELS = torch.randint(0, V, (2, 10), generator=torch.Generator().manual_seed(2))
+LABELS[0, 3:] = IGNORE_INDEX
+
+
+@pytest.mark.parametrize("chunks", [0, 3])
+@pytest.mark.parametrize("way", ["chunked", "none", "torch"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"output_bias": True}, {"logits_scale": 0.3}],
+    ids=["usual", "tied", "bias", "scaled"],
+)
+def test_a_loss_is_the_cross_entropy_of_the_logits(changes, way, chunks):
+    if way == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has none")
+    model = decoder_of(torch.float64, **changes)
+    tokens, info = batch()
+    wanted = cross_entropy_sum(model(tokens, info=info), LABELS) / 7
+    wanted.backward()
+    usual = gradients(model)
+    model.linear_cross_entropy = way
+    model.set_num_output_chunks(chunks)
+    loss = model(tokens, info=info, labels=LABELS, divisor=torch.tensor(7))
+    loss.backward()
+    assert_near(loss, wanted, 1e-13)
+    for name, gradient in gradients(model).items():
+        assert_near(gradient, usual[name], 1e-10, name)
+    with torch.no_grad():
+        assert_near(model(tokens, info=info, labels=LABELS), 7 * wanted, 1e-13)
+
+
+def test_a_loss_of_chunks_in_bf16_is_summed_in_fp32():
+    model, (tokens, info) = decoder_of(torch.bfloat16), batch()
+    model.linear_cross_entropy = "none"
+    whole = model(tokens, info=info, labels=LABELS)
+    model.set_num_output_chunks(3)
+    chunks = model(tokens, info=info, labels=LABELS)
+    assert chunks.dtype == torch.float32
+    assert_near(chunks, whole, 1e-6)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_logits_in_a_forward_with_labels_nor_its_backward(dtype, recomputed):
+    """A vocabulary that outweighs all else; 600 tokens are several chunks of it."""
+    model = decoder_of(dtype, vocab_size=9000, max_seq_len=600)
+    model.activation_checkpointing = recomputed
+    tokens = torch.randint(0, 9000, (1, 600))
+    for way, whole in (("chunked", False), ("none", True)):
+        model.linear_cross_entropy = way
+        most = largest_allocation(lambda: model(tokens, labels=tokens).backward())
+        assert (most >= 600 * 9000 * dtype.itemsize) == whole, most
+
+
+def test_without_its_output_layer():
+    model, (tokens, info) = decoder_of(), batch()
+    hidden = model(tokens, info=info, labels=LABELS, skip_output_layer=True)
+    assert_near(model.output(hidden), model(tokens, info=info), 1e-6)
+
+
+def test_an_output_of_ones_own_has_logits_only():
+    model, (tokens, _) = decoder_of(), batch()
+    model.output = nn.Sequential(model.output, nn.Tanh())
+    with pytest.raises(InputError, match=r"^the output is a Sequential, .* linear_cross_entropy=n"):
+        model(tokens, labels=LABELS)
+    model.linear_cross_entropy = "none"
+    wanted = cross_entropy_sum(model(tokens), LABELS)
+    assert_near(model(tokens, labels=LABELS), wanted, 1e-6)
 
 
 def test_refused():

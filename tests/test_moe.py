@@ -100,14 +100,19 @@ def test_mid_equals_after_with_expert_biases_too():
 @pytest.mark.parametrize("score_position", POSITIONS)
 def test_the_weight_multiplies_at_its_position(score_position):
     moe, seen = moe_of(score_position), []
-    moe.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    moe.experts.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((*args, kwargs["assigned"])), with_kwargs=True
+    )
     x = torch.randn(7, D, dtype=torch.float64)
     moe(x)
-    (rows, counts, row_weights), routing = seen[0], moe.last_routing
-    scale = routing.weights[:, None] if score_position == "before" else 1
-    assert torch.equal(rows, x[routing.token_index] * scale)
+    (tokens, counts, row_weights, assigned), routing = seen[0], moe.last_routing
+    assert torch.equal(tokens, x)
+    assert assigned.token_index is routing.token_index
+    assert assigned.slot_of is routing.slot_of
     assert torch.equal(counts, routing.num_tokens_per_expert)
+    assert assigned.input_weights is (routing.weights if score_position == "before" else None)
     assert row_weights is (routing.weights if score_position == "mid" else None)
+    assert assigned.output_weights is (routing.weights if score_position == "after" else None)
 
 
 def test_batches_are_rows_of_tokens():

@@ -18,6 +18,7 @@ from moe_builders.routers import ExpertChoiceTopKRouter, ThresholdRouter, TokenC
 from moe_builders.routers.capacity import Capacity
 from moe_builders.summary import (
     architecture_table,
+    describe_experts,
     describe_routing,
     is_causal,
     layer_size,
@@ -460,3 +461,18 @@ def test_a_routers_own_limit_is_told_and_the_tightest_counts():
     _, training, evaluation = notes_of(moe_of(router, capacity=tighter))
     assert "above 0.5 times the mean load (by probs)" in training
     assert "above 1.5 times" in evaluation
+
+
+def test_experts_that_are_computed_alike_share_a_line():
+    plain = [moe_of(router_of()) for _ in range(2)]
+    loop = moe_of(router_of(), experts=GroupedExperts(dim=D, hidden_dim=8, num_experts=4,
+                                                      backend="loop"))  # fmt: skip
+    model = decoder_with(*plain, loop)
+    lines = describe_experts(model, device=torch.device("cpu"), dtype=torch.float64)
+    reason = "torch's grouped product takes no fp64"
+    assert [line.split(" (")[0] for line in lines] == [
+        "layers.0 … layers.1: experts' products: a loop over experts",
+        "layers.2: experts' products: a loop over experts",
+    ]
+    assert f"({reason})" in lines[0]
+    assert "(the back end is loop)" in lines[1]

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torchtune.modules import KVCache
 
 from moe_builders.errors import InputError
+from moe_builders.ops.attend_documents import attend_documents, can_attend_documents
+from moe_builders.ops.documents import Documents, whole_rows
 from moe_builders.ops.masks import causal_mask, chunk_mask, window_mask
 
 NormWidth = Literal["head", "full"]
+NO_CACHE = "documents do not go with a key/value cache: give attention a mask [b, s, c]"
 
 
 class GroupedQueryAttention(nn.Module):
@@ -45,10 +48,15 @@ class GroupedQueryAttention(nn.Module):
             in the wider of both dtypes; None: none.
         dropout: share of attention weights dropped in training.
 
+    Attributes:
+        takes_documents: ``mask`` may be ``Documents``.
+
     Raises:
         InputError: num_kv_heads does not divide num_heads, a number out of its range, or
             norm_after_rope with norm_width "full".
     """
+
+    takes_documents = True
 
     def __init__(
         self,
@@ -125,7 +133,7 @@ class GroupedQueryAttention(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
         """Attend.
@@ -133,7 +141,8 @@ class GroupedQueryAttention(nn.Module):
         Args:
             x: [b, s, d].
             y: torchtune's layer passes x a second time; anything else is refused.
-            mask: [b, s, c] or [1, s, c] bool, True = may attend; None: causal.
+            mask: [b, s, c] or [1, s, c] bool, True = may attend; documents: nothing between them
+                is seen, nor computed where there is a way, and each begins a chunk; None: causal.
             input_pos: [b, s] or [s] int positions, also [b] or [] where s is 1 (torchtune's
                 ``generate``); None: 0 … s-1.
 
@@ -159,8 +168,19 @@ class GroupedQueryAttention(nn.Module):
         if self.kv_cache is not None and self.cache_enabled:
             places = self.kv_cache.cache_pos[:s].clone()
             k, v = self.kv_cache.update(k, v)  # [b, m, c, r]
-        mask = self._narrowed(mask, positions, k.shape[2], places, moved=input_pos is not None)
-        out = self._attend(q, k, v, mask)  # [b, n, s, r]
+        moved = input_pos is not None
+        documents = self._documents(q, mask, places, moved=moved)
+        if documents is not None:
+            out = attend_documents(
+                q, k, v, documents,
+                scale=self.scale, window=self.window, chunk=self.chunk, sinks=self.sinks,
+            )  # [b, n, s, r]  # fmt: skip
+        else:
+            if isinstance(mask, Documents):
+                positions, moved = mask.positions(rows=x.shape[0], positions=s), True
+                mask = mask.mask(rows=x.shape[0], positions=s)
+            mask = self._narrowed(mask, positions, k.shape[2], places, moved=moved)
+            out = self._attend(q, k, v, mask)  # [b, n, s, r]
         return self.output_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
@@ -174,6 +194,24 @@ class GroupedQueryAttention(nn.Module):
         if self.clip_qkv is not None:
             x = x.clamp(-self.clip_qkv, self.clip_qkv)
         return x.transpose(1, 2)
+
+    def _documents(
+        self, q: Tensor, mask: Tensor | Documents | None, places: Tensor | None, *, moved: bool
+    ) -> Documents | None:
+        """What attends without a mask; None where one is needed, or causal says all."""
+        b, _, s, _ = q.shape
+        if isinstance(mask, Documents) and places is not None:
+            raise InputError(NO_CACHE)
+        dropped = self.training and self.dropout > 0
+        if isinstance(mask, Tensor) or places is not None or dropped or not can_attend_documents(q):
+            return None
+        if mask is None:  # whole rows, in which chunks may begin anywhere if positions are given
+            limits = [limit for limit in (self.window, self.chunk) if limit is not None]
+            limited = self.sinks is not None or min(limits, default=s) < s
+            if not limited or (self.chunk is not None and moved):
+                return None
+            return whole_rows(b, s, q.device)
+        return mask
 
     def _narrowed(
         self,

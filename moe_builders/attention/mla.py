@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import KVCache
 
+from moe_builders.attention.gqa import NO_CACHE
 from moe_builders.attention.rope import RotaryEmbedding, yarn_mscale
 from moe_builders.errors import InputError
+from moe_builders.ops.attend_documents import attend_documents, can_attend_documents
+from moe_builders.ops.documents import Documents
 from moe_builders.ops.masks import causal_mask
 
 
@@ -36,12 +39,15 @@ class MultiHeadLatentAttention(nn.Module):
 
     Attributes:
         head_dim: p + r.
+        takes_documents: ``mask`` may be ``Documents``.
 
     Raises:
         InputError: a size below 1.
 
     Source: DeepSeek-V2 (2405.04434) section 2.1; transformers ``DeepseekV3Attention``.
     """
+
+    takes_documents = True
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class MultiHeadLatentAttention(nn.Module):
         x: Tensor,
         y: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
         """Attend.
@@ -123,7 +129,8 @@ class MultiHeadLatentAttention(nn.Module):
         Args:
             x: [b, s, d].
             y: torchtune's layer passes x a second time; anything else is refused.
-            mask: [b, s, c] or [1, s, c] bool, True = may attend; None: causal.
+            mask: [b, s, c] or [1, s, c] bool, True = may attend; documents: nothing between them
+                is seen, nor computed where there is a way; None: causal.
             input_pos: [b, s] or [s] int positions, also [b] or [] where s is 1 (torchtune's
                 ``generate``); None: 0 … s-1.
 
@@ -145,6 +152,8 @@ class MultiHeadLatentAttention(nn.Module):
             q = torch.cat((plain, self.rope(turned, positions)), dim=-1)  # [b, n, s, p + r]
             k_turned = self.rope(k_turned, positions)
         if self.kv_cache is not None and self.cache_enabled:
+            if isinstance(mask, Documents):
+                raise InputError(NO_CACHE)
             places = self.kv_cache.cache_pos[None, :s].clone()  # of the queries in the cache
             latent, k_turned = self.kv_cache.update(latent, k_turned)  # [b, 1, c, z], [b, 1, c, r]
             if mask is None:
@@ -180,19 +189,26 @@ def score_scale(head_dim: int, rope: RotaryEmbedding) -> float:
     return head_dim**-0.5 * stretch**2
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | Documents | None, scale: float
+) -> Tensor:
     """Softmax attention whose values may be of another width than its keys.
 
     Args:
         q, k: [b, n, s, u] and [b, n, c, u].
         v: [b, n, c, w].
-        mask: [b, s, c] or [1, s, c] bool, True = may attend; None: causal.
+        mask: [b, s, c] or [1, s, c] bool, True = may attend; documents; None: causal.
         scale: of the scores.
 
     Returns:
         [b, n, s, w].
     """
     width = v.shape[-1]
+    if isinstance(mask, Documents):
+        wide = equal_widths(q, k, v)
+        if can_attend_documents(wide[0]):
+            return attend_documents(*wide, documents=mask, scale=scale)[..., :width]
+        mask = mask.mask(rows=q.shape[0], positions=q.shape[2])
     if q.is_cpu:  # its fused kernel takes equal widths only; the other one stores [b, n, s, c]
         q, k, v = equal_widths(q, k, v)
     out = F.scaled_dot_product_attention(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_builders.losses import IGNORE_INDEX
+from moe_builders.ops.documents import Documents, documents_of
 from moe_builders.ops.masks import block_causal_mask
 from moe_builders.routing import TokenInfo
 
@@ -29,6 +30,7 @@ class Batch:
         packed: whether a row may hold several documents.
         num_cut: documents that begin here and were longer than max_seq_len.
         num_lost: tokens of theirs that were left out.
+        documents: where they end, in packed rows; None where a row holds one.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Batch:
     packed: bool
     num_cut: int = 0
     num_lost: int = 0
+    documents: Documents | None = None
 
     @property
     def num_labels(self) -> int:
@@ -68,7 +71,10 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         names = ("tokens", "labels", "positions", "sequence_ids", "mask")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        documents = None if self.documents is None else self.documents.changed(change)
+        return replace(
+            self, documents=documents, **{name: change(getattr(self, name)) for name in names}
+        )
 
     @property
     def info(self) -> TokenInfo:
@@ -83,6 +89,12 @@ class Batch:
     def attention_mask(self) -> Tensor | None:
         """[b, s, s] for packed rows; None where causal is enough (padding stands at the end)."""
         return block_causal_mask(self.sequence_ids) if self.packed else None
+
+    def attention_for(self, model: Any) -> Documents | Tensor | None:
+        """What ``model`` takes as mask: documents, if it says so; else ``attention_mask``."""
+        if getattr(model, "takes_documents", False):
+            return self.documents
+        return self.attention_mask
 
 
 def shift_labels(labels: Sequence[int]) -> list[int]:
@@ -114,16 +126,21 @@ def collate(
     positions = torch.arange(s).repeat(len(rows), 1)
     sequence_ids = torch.zeros(len(rows), s, dtype=torch.int64)
     mask = torch.zeros(len(rows), s, dtype=torch.bool)
-    number = 0
+    lengths: list[int] = []  # of all documents, each row's padding at its end
     for i, row in enumerate(rows):
         n, start = len(row["tokens"]), 0
         tokens[i, :n] = torch.as_tensor(row["tokens"], dtype=torch.int64)
         labels[i, :n] = torch.as_tensor(row["labels"], dtype=torch.int64)
         mask[i, :n] = True
         for document in (*row["lengths"], s - n):
-            sequence_ids[i, start : start + document] = number
+            if not document:
+                continue
+            sequence_ids[i, start : start + document] = len(lengths)
             positions[i, start : start + document] = torch.arange(document)
             start += document
-            number += document > 0
+            lengths.append(document)
     num_cut, num_lost = (sum(row.get(key, 0) for row in rows) for key in ("cut", "lost"))
-    return Batch(tokens, labels, positions, sequence_ids, mask, packed, num_cut, num_lost)
+    documents = documents_of(lengths) if packed else None
+    return Batch(
+        tokens, labels, positions, sequence_ids, mask, packed, num_cut, num_lost, documents
+    )

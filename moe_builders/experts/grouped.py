@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_builders.dispatch import Assigned
 from moe_builders.errors import InputError
-from moe_builders.ops.activations import Activation, find_activation
+from moe_builders.experts.liger import find_liger, liger_experts
+from moe_builders.ops.activations import Activation, find_activation, is_named
 from moe_builders.ops.gathered_mm import live_rows
-from moe_builders.ops.grouped_mm import BACKENDS, grouped_mm
+from moe_builders.ops.grouped_mm import grouped_mm
 from moe_builders.ops.permute import expert_of_rows
+from moe_builders.ops.product_ways import BACKENDS as PRODUCTS
+from moe_builders.ops.routed_experts import ExpertWeights, routed_experts
+
+BACKENDS = (*PRODUCTS, "liger")
 
 
 class GroupedExperts(nn.Module):
@@ -30,25 +36,31 @@ class GroupedExperts(nn.Module):
 
     Weights stored wider than the rows are cast to the rows' dtype.
 
+    All of it is one operator, ``ops.routed_experts``, which keeps little for backward; with an
+    activation of one's own it is written out, product by product.
+
     Args:
         dim: d.
         hidden_dim: h.
         num_experts: e.
         activation: a name from ``ops.activations`` or an ``Activation``.
         bias: add ``*_bias`` parameters, [e, 2h] and [e, d].
-        backend: of ``ops.grouped_mm``: "auto", "grouped", "loop" or "gather".
+        backend: of ``ops.grouped_mm``: "auto", "grouped", "loop", "bmm" or "gather"; or "liger"
+            (``experts.liger``: SwiGLU alone, token choice, a GPU; not run by us yet).
         hidden_scale: add a parameter of that name, [e, h] of ones, which multiplies the activated
             rows (ST-MoE's multiplicative bias, Zoph et al. 2022 (2202.08906)).
         dropout: the share of the answers' elements that are set to zero in training; the rest
             grows by 1 / (1 - dropout).
+        recompute_up: keep the rows alone for backward, which then multiplies by the first
+            projection once more: 2h numbers a row less for two ninths more of the layer's products.
 
     Attributes:
         part: what a parameter is to a product: itself; under expert parallelism the experts that
             are here, whose counts ``forward`` then takes.
 
     Raises:
-        InputError: a number below 1, an unknown activation or back end, or a dropout outside
-            [0, 1).
+        InputError: a number below 1, an unknown activation or back end, a dropout outside
+            [0, 1), or something that "liger" does not have.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class GroupedExperts(nn.Module):
         backend: str = "auto",
         hidden_scale: bool = False,
         dropout: float = 0.0,
+        recompute_up: bool = False,
     ) -> None:
         super().__init__()
         if min(dim, hidden_dim, num_experts) < 1:
@@ -69,13 +82,11 @@ class GroupedExperts(nn.Module):
                 f"dim ({dim}), hidden_dim ({hidden_dim}) and num_experts ({num_experts}) must be "
                 "at least 1"
             )
-        if backend not in BACKENDS:
-            raise InputError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout is {dropout}, but must be at least 0 and below 1")
         self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
         self.activation = find_activation(activation)
-        self.backend, self.dropout = backend, dropout
+        self.backend, self.dropout, self.recompute_up = backend, dropout, recompute_up
         self.part: Callable[[Tensor], Tensor] = _itself
         up_name, up_width = (
             ("gate_up", 2 * hidden_dim) if self.activation.gated else ("up", hidden_dim)
@@ -90,6 +101,7 @@ class GroupedExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
         scale_shape = (num_experts, hidden_dim)
         self.hidden_scale = nn.Parameter(torch.empty(scale_shape)) if hidden_scale else None
+        check_backend(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,8 +116,18 @@ class GroupedExperts(nn.Module):
                     bound = 1 / math.sqrt(parameter.shape[-1])
                     parameter.uniform_(-bound, bound)
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether ``forward`` takes ``assigned``: dropout and own activations see rows."""
+        return is_named(self.activation) and not (self.dropout and self.training)
+
     def forward(
-        self, x: Tensor, num_tokens_per_expert: Tensor, row_weights: Tensor | None = None
+        self,
+        x: Tensor,
+        num_tokens_per_expert: Tensor,
+        row_weights: Tensor | None = None,
+        *,
+        assigned: Assigned | None = None,
     ) -> Tensor:
         """Apply each expert to its rows.
 
@@ -114,29 +136,70 @@ class GroupedExperts(nn.Module):
             num_tokens_per_expert: [e] int.
             row_weights: [a] multiplies each row between activation and down projection (and the
                 down bias with it): the same answer as weighing the expert's output.
+            assigned: x are tokens [t, d], whose rows are copied, weighed and added up on the way;
+                where ``takes_tokens`` says so.
 
         Returns:
-            [a, d], zero in dead rows.
+            [a, d], zero in dead rows; with ``assigned`` [t, d].
         """
-        part = self.part
-        up_weight = part(getattr(self, f"{self._up_name}_proj")).to(x.dtype)
-        down_weight = part(self.down_proj).to(x.dtype)
-        up_bias = getattr(self, f"{self._up_name}_bias")
-        z = grouped_mm(x, up_weight, num_tokens_per_expert, backend=self.backend)  # [a, 2h]
-        if up_bias is not None:
-            z = z + self._own_rows(part(up_bias).to(z.dtype), num_tokens_per_expert, z.shape[0])
+        assert assigned is None or self.takes_tokens
+        weights = self._weights(x.dtype)
+        if self.backend == "liger":
+            return liger_experts(x, weights, assigned)
+        if not is_named(self.activation):
+            y = self._written_out(x, weights, num_tokens_per_expert, row_weights)
+        else:
+            y = routed_experts(
+                x,
+                weights,
+                num_tokens_per_expert,
+                activation=self.activation,
+                token_index=None if assigned is None else assigned.token_index,
+                slot_of=None if assigned is None else assigned.slot_of,
+                input_weights=None if assigned is None else assigned.input_weights,
+                row_weights=row_weights,
+                output_weights=None if assigned is None else assigned.output_weights,
+                recompute_up=self.recompute_up,
+                backend=self.backend,
+            )
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def _weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """Of the experts that are here."""
+
+        def here(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else self.part(parameter).to(dtype)
+
+        return ExpertWeights(
+            self.part(getattr(self, f"{self._up_name}_proj")).to(dtype),
+            self.part(self.down_proj).to(dtype),
+            here(getattr(self, f"{self._up_name}_bias")),
+            here(self.down_bias),
+            here(self.hidden_scale),
+        )
+
+    def _written_out(
+        self,
+        x: Tensor,
+        weights: ExpertWeights,
+        num_tokens_per_expert: Tensor,
+        row_weights: Tensor | None,
+    ) -> Tensor:
+        """[a, d] -> [a, d] for any activation, each step with autograd's gradient."""
+        z = grouped_mm(x, weights.up, num_tokens_per_expert, backend=self.backend)  # [a, 2h]
+        if weights.up_bias is not None:
+            z = z + self._own_rows(weights.up_bias, num_tokens_per_expert, z.shape[0])
         hidden = self.activation.function(z)  # [a, h]
-        if self.hidden_scale is not None:
-            scale = part(self.hidden_scale).to(hidden.dtype)
-            hidden = hidden * self._own_rows(scale, num_tokens_per_expert, hidden.shape[0])
+        if weights.hidden_scale is not None:
+            scale = self._own_rows(weights.hidden_scale, num_tokens_per_expert, hidden.shape[0])
+            hidden = hidden * scale
         if row_weights is not None:
             hidden = hidden * row_weights[:, None].to(hidden.dtype)
-        y = grouped_mm(hidden, down_weight, num_tokens_per_expert, backend=self.backend)  # [a, d]
-        if self.down_bias is not None:
-            bias = part(self.down_bias).to(y.dtype)
-            bias = self._own_rows(bias, num_tokens_per_expert, y.shape[0])
+        y = grouped_mm(hidden, weights.down, num_tokens_per_expert, backend=self.backend)  # [a, d]
+        if weights.down_bias is not None:
+            bias = self._own_rows(weights.down_bias, num_tokens_per_expert, y.shape[0])
             y = y + (bias if row_weights is None else bias * row_weights[:, None].to(bias.dtype))
-        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+        return y
 
     def _own_rows(self, values: Tensor, num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
         """[e, o] -> [a, o]: each row's expert's, zero for dead rows.
@@ -155,3 +218,30 @@ class GroupedExperts(nn.Module):
 
 def _itself(parameter: Tensor) -> Tensor:
     return parameter
+
+
+def check_backend(experts: GroupedExperts) -> None:
+    """Hold experts against their back end.
+
+    Raises:
+        InputError: an unknown one, or something that "liger" does not have.
+    """
+    if experts.backend not in BACKENDS:
+        raise InputError(f"backend {experts.backend!r} is not one of {', '.join(BACKENDS)}")
+    if experts.backend != "liger":
+        return
+    named = experts.activation.name if is_named(experts.activation) else "your own"
+    unlike = {
+        f"the activation {named}": named != "swiglu",
+        "biases": experts.down_bias is not None,
+        "hidden_scale": experts.hidden_scale is not None,
+        "dropout": experts.dropout > 0,
+        "recompute_up": experts.recompute_up,
+    }
+    for what, there in unlike.items():
+        if there:
+            raise InputError(
+                f"the back end 'liger' computes plain SwiGLU experts, but these have {what}: set "
+                "the back end to 'auto'"
+            )
+    find_liger()

@@ -59,8 +59,9 @@ def takes_gathered(backend: str, x: Tensor, weight: Tensor) -> bool:
     if backend != "auto" or torch.is_grad_enabled() or not x.is_cuda:
         return backend == "gather"
     few = x.shape[0] <= min(MOST_ROWS, weight.shape[0])
-    return few and not _has_kernel(x)
+    return few and not has_kernel(x.dtype, x.device)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= _HOPPER
+def has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's grouped product is one kernel on that GPU, which waits for no count."""
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= _HOPPER

@@ -10,8 +10,9 @@ torch's own grouped product cannot be traced with) and autograd sees one backwar
 
 Both exist in two ways that tests hold equal: ``grouped`` (torch.nn.functional.grouped_mm) and
 ``loop`` (one matmul per expert; also serves fp64 and shapes that the grouped kernel refuses).
-Both visit experts with rows only: nothing of an idle expert's weights is read. A third, without
-gradients, is in ``ops.gathered_mm``.
+Both visit experts with rows only: nothing of an idle expert's weights is read. A third is in
+``ops.padded_mm``, a fourth, without gradients, in ``ops.gathered_mm``. ``ops.product_ways``
+decides between them.
 Rows past the last expert's run belong to nobody: they are zero in the output and in the input
 gradient, whatever the input holds there (NaN included).
 """
@@ -23,10 +24,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_builders.errors import InputError
 from moe_builders.ops.gathered_mm import gathered_mm, takes_gathered
-from moe_builders.ops.rounded_mm import rounded_mm, rounded_weight_grad, takes_rounded
-
-BACKENDS = ("auto", "grouped", "loop", "gather")
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from moe_builders.ops.kernels import row_kernels
+from moe_builders.ops.padded_mm import padded_mm, padded_weight_grad
+from moe_builders.ops.product_ways import BACKENDS, way_of_groups, way_of_transposed
+from moe_builders.ops.rounded_mm import rounded_mm, rounded_weight_grad
 
 
 def grouped_mm(
@@ -41,8 +42,9 @@ def grouped_mm(
         num_tokens_per_expert: [e] int, rows of each expert; zeros are fine.
         backend: "auto" (grouped where the kernel takes dtype and strides, else the loop; in half
             precision on a CPU the loop of ``ops.rounded_mm``; on a GPU without gradients and for
-            few rows what ``ops.gathered_mm`` says), "grouped", "loop", or "gather" (any number of
-            rows, no gradients).
+            few rows what ``ops.gathered_mm`` says), "grouped", "loop", "bmm" (``ops.padded_mm``:
+            for small experts of about the same load; a GPU waits for the counts, so "auto" never
+            takes it), or "gather" (any number of rows, no gradients).
 
     Returns:
         [a, o]; exact zeros in the ignored rows.
@@ -51,6 +53,14 @@ def grouped_mm(
         InputError: unknown back end, shapes that do not fit each other, or "gather" where
             gradients are wanted.
     """
+    check_products(x, weight, num_tokens_per_expert, backend)
+    if takes_gathered(backend, x, weight):
+        return gathered_mm(x, weight, num_tokens_per_expert)
+    return _grouped_mm(x, weight, num_tokens_per_expert, backend)
+
+
+def check_products(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str) -> None:
+    """Refuse what does not fit together, see ``grouped_mm``."""
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
@@ -63,21 +73,23 @@ def grouped_mm(
             f"num_tokens_per_expert has shape {tuple(num_tokens_per_expert.shape)}, but the "
             f"weight holds {weight.shape[0]} experts"
         )
-    if takes_gathered(backend, x, weight):
+
+
+def multiply_groups(
+    x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str
+) -> Tensor:
+    """``grouped_mm`` without gradients, for operators that have their own: [a, i] -> [a, o]."""
+    way = way_of_groups(backend, x, weight).name
+    if way == "gather":
         return gathered_mm(x, weight, num_tokens_per_expert)
-    return _grouped_mm(x, weight, num_tokens_per_expert, backend)
-
-
-@torch.library.custom_op("moe_builders::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str) -> Tensor:
+    if way == "bmm":
+        return padded_mm(x, weight, num_tokens_per_expert)
     offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e] end of each run
-    if backend == "auto" and takes_rounded(x):
+    if way == "rounded":
         return rounded_mm(x, weight, _runs(offsets))
-    if _takes_grouped(backend, x, weight.transpose(1, 2)):
+    if way == "grouped":
         y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [a, o]
-        if not y.is_cpu or offsets[-1] < y.shape[0]:  # a CPU may look; a GPU would wait for it
-            dead = torch.arange(x.shape[0], device=x.device) >= offsets[-1]  # [a]
-            y = y.masked_fill_(dead[:, None], 0)  # a selection: the kernel leaves garbage there
+        y = row_kernels(y).zero_tail_(y, offsets[-1])  # the kernel leaves garbage there
         return y.contiguous()  # CUDA pads odd rows to 16 bytes; the fake promises dense ones
     y = x.new_zeros(x.shape[0], weight.shape[1])  # [a, o]
     for expert, (start, end) in enumerate(_runs(offsets)):
@@ -85,24 +97,39 @@ def _grouped_mm(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backen
     return y
 
 
+@torch.library.custom_op("moe_builders::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str) -> Tensor:
+    return multiply_groups(x, weight, num_tokens_per_expert, backend)
+
+
 @_grouped_mm.register_fake
 def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def multiply_transposed(
+    grad: Tensor, x: Tensor, num_tokens_per_expert: Tensor, backend: str
+) -> Tensor:
+    """Each expert's Σ over its rows of grad ⊗ x: [a, o], [a, i] -> [e, o, i]; zero if idle."""
+    way = way_of_transposed(backend, grad, x).name
+    if way == "bmm":
+        return padded_weight_grad(grad, x, num_tokens_per_expert)
+    offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+    if way == "rounded":
+        return rounded_weight_grad(grad, x, _runs(offsets))
+    if way == "grouped":
+        return F.grouped_mm(grad.t(), x, offs=offsets).contiguous()  # [e, o, i]
+    weight_grad = x.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])  # [e, o, i]
+    for expert, (start, end) in enumerate(_runs(offsets)):
+        torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
+    return weight_grad
 
 
 @torch.library.custom_op("moe_builders::grouped_mm_weight_grad", mutates_args=())
 def _grouped_mm_weight_grad(
     grad: Tensor, x: Tensor, num_tokens_per_expert: Tensor, backend: str
 ) -> Tensor:
-    offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
-    if backend == "auto" and takes_rounded(x):
-        return rounded_weight_grad(grad, x, _runs(offsets))
-    if _takes_grouped(backend, grad.t(), x):
-        return F.grouped_mm(grad.t(), x, offs=offsets).contiguous()  # [e, o, i]
-    weight_grad = x.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])  # [e, o, i]
-    for expert, (start, end) in enumerate(_runs(offsets)):
-        torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
-    return weight_grad
+    return multiply_transposed(grad, x, num_tokens_per_expert, backend)
 
 
 @_grouped_mm_weight_grad.register_fake
@@ -145,33 +172,3 @@ def _runs(offsets: Tensor) -> list[tuple[int, int]]:
     """(start, end) of each expert's rows; reads the counts on the host."""
     ends = offsets.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def _takes_grouped(backend: str, first: Tensor, second: Tensor) -> bool:
-    if backend == "loop" or first.numel() == 0:
-        return False
-    fits = (
-        first.dtype == second.dtype
-        and first.dtype in _GROUPED_DTYPES
-        and _aligned(first)
-        and _aligned(second)
-    )
-    if backend == "grouped" and not fits:
-        raise InputError(
-            f"the grouped kernel takes fp32, bf16 or fp16 with rows of a multiple of 16 bytes, got "
-            f"{first.dtype} with strides {first.stride()} and {second.stride()}; use 'auto'"
-        )
-    return fits
-
-
-def _aligned(t: Tensor) -> bool:
-    """Whether one of the last two strides is 1 and the other a multiple of 16 bytes."""
-    outer, inner = sorted(t.stride()[-2:], reverse=True)
-    matrix = t.stride(0) if t.ndim == 3 else 0
-    size = t.element_size()
-    return (
-        inner == 1
-        and (outer * size) % 16 == 0
-        and (matrix * size) % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )

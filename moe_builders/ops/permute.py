@@ -6,12 +6,18 @@ Both directions exist in two ways that tests hold equal. With ``slot_of`` (every
 places in the sorted list) a token's rows are gathered and added in a fixed order, forward and
 backward: no atomics, the same bits every run. Without it (expert choice: a token may be taken any
 number of times) rows are added with index_add.
+
+On a GPU sorting is an operator of its own, so that torch.compile need not look into it: whether
+Triton's counting sort runs there is asked inside.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_builders.ops.row_ops import sum_slots
+from moe_builders.ops.triton import available
 
 
 class SortedAssignments(NamedTuple):
@@ -34,6 +40,32 @@ def sort_by_expert(expert: Tensor, num_experts: int, live: Tensor | None) -> Sor
 
     No host sync: the number of dead assignments never decides a shape.
     """
+    if expert.is_cuda:
+        return SortedAssignments(*_sort_on_gpu(expert, num_experts, live))
+    return _sort(expert, num_experts, live)
+
+
+@torch.library.custom_op("moe_builders::sort_by_expert", mutates_args=())
+def _sort_on_gpu(
+    expert: Tensor, num_experts: int, live: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Triton's counting sort where it runs, else torch's."""
+    if not available(expert.device):
+        return _sort(expert, num_experts, live)
+    from moe_builders.ops.triton.sort import sort_by_expert as counting_sort
+
+    return counting_sort(expert, num_experts, live)
+
+
+@_sort_on_gpu.register_fake
+def _(expert: Tensor, num_experts: int, live: Tensor | None):
+    a = expert.numel()
+    order, token_index = (expert.new_empty(a, dtype=torch.int64) for _ in range(2))  # [a]
+    counts = expert.new_empty(num_experts, dtype=torch.int32)  # [e]
+    return order, token_index, counts, expert.new_empty(expert.shape, dtype=torch.int64)
+
+
+def _sort(expert: Tensor, num_experts: int, live: Tensor | None) -> SortedAssignments:
     t, k = expert.shape
     if live is not None:
         expert = torch.where(live, expert, num_experts)  # one past the last: sorts to the end
@@ -84,19 +116,6 @@ def combine_rows(
     return out.to(rows.dtype)
 
 
-def _sum_slots(rows: Tensor, slot_of: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ over a token's k slots, first slot first: [a, d] -> [t, d]."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    out = torch.zeros(slot_of.shape[0], rows.shape[1], dtype=wide, device=rows.device)
-    for choice in range(slot_of.shape[1]):
-        slots = slot_of[:, choice]  # [t]
-        part = rows.index_select(0, slots).to(wide)
-        if weights is not None:
-            part = part * weights.index_select(0, slots)[:, None].to(wide)
-        out += part
-    return out.to(rows.dtype)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, token_index: Tensor, slot_of: Tensor) -> Tensor:
@@ -106,7 +125,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (slot_of,) = ctx.saved_tensors
-        return _sum_slots(grad, slot_of, None), None, None
+        return sum_slots(grad, slot_of, None), None, None
 
 
 class _CombineRows(torch.autograd.Function):
@@ -116,7 +135,7 @@ class _CombineRows(torch.autograd.Function):
     ) -> Tensor:
         # the rows are only needed for the weights' gradient
         ctx.save_for_backward(rows if weights is not None else None, weights, token_index)
-        return _sum_slots(rows, slot_of, weights)
+        return sum_slots(rows, slot_of, weights)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

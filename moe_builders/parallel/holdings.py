@@ -173,3 +173,32 @@ def gather_groups(
             )
         )
     return found
+
+
+def staying(groups: list[Gathered], *, reshard: bool) -> int:
+    """Bytes that stay gathered from the first use to the end."""
+    return sum(g.weight_bytes for g in groups if not reshard or g.kind in ("root", "router"))
+
+
+def most_gathered(groups: list[Gathered], *, reshard: bool) -> int:
+    """What stays gathered, the layer at work, and what is on its way: the next one, or a copy.
+
+    FSDP2 gathers into one buffer and copies the weights out of it; going forward it keeps the
+    buffer until the next group has come. A group of one process is copied when it is used.
+    """
+    layers: dict[str, list[Gathered]] = {}
+    for group in groups:
+        if group.kind in ("layer", "experts"):
+            layers.setdefault(".".join(group.module.split(".")[:2]), []).append(group)
+    most = 0
+    for own, following in zip(layers.values(), [*list(layers.values())[1:], []], strict=True):
+        sent, sent_next = (
+            [g.weight_bytes for g in each if g.shards > 1] for each in (own, following)
+        )
+        buffer = max(sent, default=0)
+        if reshard:
+            at_work = sum(g.weight_bytes for g in own)
+            most = max(most, at_work + max(buffer, sum(sent_next)))
+        else:
+            most = max(most, buffer)
+    return staying(groups, reshard=reshard) + most

@@ -5,7 +5,8 @@ whole step's.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from moe_builders.parallel.expert_parallel import check_dispatcher, deal_out_exp
 from moe_builders.parallel.gather import gather_boxes
 from moe_builders.parallel.plan import Place, place_parameters, sharding_plan
 from moe_builders.parallel.world import World
+from moe_builders.routing import ROUTER_MODULE, is_router_parameter
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,43 @@ class LocalShard:
 def needs_sharding(model: nn.Module, world: World, *, compute_dtype: torch.dtype) -> bool:
     """Whether ``shard_model`` would change anything but the time a step takes.
 
-    On one process FSDP2 only copies every weight and gradient to where it computes and back (a
-    fifth of a step on a CPU, see benchmarks/README.md), unless that copy is what changes the
-    dtype: of weights stored wider than they compute, of routers in a model that computes in bf16.
+    Where not, ``widen_router_inputs`` gives routers what sharding would.
+    """
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    return sharding_changes(dtypes, size=world.size, compute_dtype=compute_dtype)
+
+
+def sharding_changes(
+    dtypes: Mapping[str, torch.dtype], *, size: int, compute_dtype: torch.dtype
+) -> bool:
+    """Whether FSDP2 has something to share out, or to cast.
+
+    On one process it only copies every weight and gradient to where it computes and back (a fifth
+    of a step on a CPU, see benchmarks/README.md), unless that copy is what changes the dtype: of
+    weights stored wider than they compute, of routers stored narrower.
+
+    Args:
+        dtypes: of storage, of all parameters by name.
+        size: processes of the run.
+        compute_dtype: of forward and backward.
     """
     wide = torch.promote_types(compute_dtype, torch.float32)
-    casts = any(p.dtype != compute_dtype for p in model.parameters()) or compute_dtype != wide
-    return world.size > 1 or casts
+    return size > 1 or any(
+        dtype != (wide if is_router_parameter(name) else compute_dtype)
+        for name, dtype in dtypes.items()
+    )
+
+
+def widen_router_inputs(model: nn.Module) -> None:
+    """Let routers see fp32 (fp64 in a model of fp64), as where FSDP2 casts what they are given."""
+    for name, module in model.named_modules():
+        if ROUTER_MODULE.fullmatch(name):
+            module.register_forward_pre_hook(_widened)
+
+
+def _widened(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *others = args
+    return x.to(torch.promote_types(x.dtype, torch.float32)), *others
 
 
 def group_modules(model: nn.Module) -> list[str]:
@@ -73,14 +105,16 @@ def shard_model(
     """
     check_dispatcher(dispatcher)
     wide = torch.promote_types(compute_dtype, torch.float32)
+    # one process has nothing to add up: its gradients need not be widened on their way
+    other = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=wide if world.size > 1 else compute_dtype
+    )
     policies = {
         "router": MixedPrecisionPolicy(
             param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=True
         ),
-        # one process has nothing to add up: its gradients need not be widened on their way
-        "other": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=wide if world.size > 1 else compute_dtype
-        ),
+        # their layer's tokens are cast already, and weights of rows must not be
+        "experts": replace(other, cast_forward_inputs=False),
     }
     groups = sharding_plan(group_modules(model))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -100,7 +134,7 @@ def shard_model(
         fully_shard(
             module,
             mesh=meshes.get(group.kind, world.mesh),
-            mp_policy=policies.get(group.kind, policies["other"]),
+            mp_policy=policies.get(group.kind, other),
             # a router is small: kept gathered, it costs no second collective
             reshard_after_forward=reshard_after_forward and group.kind in ("experts", "layer"),
             shard_placement_fn=_dims(model, places).__getitem__,

@@ -125,8 +125,9 @@ class Capacity:
             live = live & routing.info.mask[:, None]  # [t, k]
         # every place of the list is some choice's: a sum of one term each in backward
         weights = routing.weights.index_select(0, slot_of.flatten()).view(t, k)
-        within = self._within(routing, expert, live, weights.detach(), factor)  # [t, k]
-        kept = within | ~live
+        kept = routing.info.decided(  # [t, k]
+            lambda: self._within(routing, expert, live, weights.detach(), factor) | ~live
+        )
         limited = route_by_choice(
             expert=expert,
             weights=weights,

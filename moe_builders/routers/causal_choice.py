@@ -28,7 +28,7 @@ def experts_as_listed(
     choice, and a row that is not used was not dropped.
 
     Args:
-        taken: [t, e] bool.
+        taken: [t, e] bool, decided.
         logits, probs: [t, e].
         info: masked tokens are not taken, whatever ``taken`` says.
         at_most: m, the most probable ones stay; None: e.
@@ -39,7 +39,7 @@ def experts_as_listed(
         weights = probs
     else:
         wishes = torch.where(taken, probs.detach(), -1)
-        expert = wishes.topk(at_most, dim=-1).indices  # [t, m]
+        expert = info.decided(lambda: wishes.topk(at_most, dim=-1).indices)  # [t, m]
         taken, weights = taken.gather(1, expert), probs.gather(1, expert)  # [t, m] each
     routing = route_by_choice(
         expert=expert,

@@ -171,7 +171,7 @@ class CoordinateDescentRouter(nn.Module):
         x = real_rows(x, info.mask)
         clean, logits = jittered_logits(self.gate, x, self.jitter, training=self.training)
         probs = logits.softmax(-1)  # [t, e]
-        scores, expert = soft_top_k(
+        scores, best = soft_top_k(
             probs,
             self.experts_per_token,
             k_ratio=self.k_ratio,
@@ -180,7 +180,7 @@ class CoordinateDescentRouter(nn.Module):
             eps_init=self.eps_init,
             eps_decay=self.eps_decay,
         )
-        expert = self.replay(expert)  # [t, k]
+        expert = info.decided(lambda: self.replay(best))  # [t, k]
         weights = scores.gather(1, expert)  # [t, k]
         if self.normalize_weights:
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=self.normalize_eps)

@@ -178,11 +178,13 @@ class ExpertChoiceTopKRouter(nn.Module):
         )  # [t, e] each
         probs = used.softmax(-1)
         if self.causal:
-            taken = self._decide(x, logits, probs)  # [t, e]
+            decided = self._decide(x, logits, probs)
+            taken = info.decided(lambda: decided)  # [t, e]
             m = self.max_experts_per_token
             return experts_as_listed(taken, logits=logits, probs=probs, info=info, at_most=m)
         if self.scope == "sequence":
-            taken = pick_in_sequences(probs.detach(), info, self.capacity_factor)  # [t, e]
+            wishes, factor = probs.detach(), self.capacity_factor
+            taken = info.decided(lambda: pick_in_sequences(wishes, info, factor))  # [t, e]
             return experts_as_listed(
                 taken,
                 logits=logits,

@@ -30,7 +30,7 @@ def pick_in_batch(
     if mask is not None:
         wishes = wishes.masked_fill(~mask, -1)
     slots = math.ceil(capacity_factor * t / e)
-    token = wishes.topk(slots, dim=-1).indices  # [e, slots]
+    token = info.decided(lambda: wishes.topk(slots, dim=-1).indices)  # [e, slots]
     num_real = torch.full((), t, device=probs.device) if mask is None else mask.sum()
     capacity = _capacity(num_real, capacity_factor, e)  # []
     live = (torch.arange(slots, device=probs.device) < capacity).expand(e, slots)

@@ -93,11 +93,13 @@ class ForcedBalanceRouter(nn.Module):
         if self.noise == 0:
             choice = torch.arange(self.experts_per_token, device=x.device)  # [k]
             expert = before[:, None] * self.experts_per_token + choice  # [t, k]
-            expert = expert % (self.num_experts - self.skip_first_n_experts)
-            weights = torch.full_like(expert, 1, dtype=logits.dtype) / self.experts_per_token
+            own = expert % (self.num_experts - self.skip_first_n_experts)
+            weights = torch.full_like(own, 1, dtype=logits.dtype) / self.experts_per_token
         else:
-            expert, weights = self._draw(_content_key(x.detach(), info.mask), before, logits.dtype)
-        expert = self.replay(expert + self.skip_first_n_experts)
+            # the bits of x decide all: a recomputation's may be others
+            key = info.decided(lambda: _content_key(x.detach(), info.mask))  # []
+            own, weights = self._draw(key, before, logits.dtype)
+        expert = info.decided(lambda: self.replay(own + self.skip_first_n_experts))
         return route_by_choice(
             expert=expert, weights=weights, logits=logits, probs=logits.softmax(-1), info=info
         )

@@ -97,7 +97,8 @@ class HashRouter(nn.Module):
         logits = gate_logits(self.gate, real_rows(x, info.mask))  # [t, e]
         log_scores = _log_scores(logits, self.score_function)
         probs = log_scores.softmax(-1)
-        expert = self.replay(self._experts_of(x.shape[0], info))  # [t, k]
+        own = self._experts_of(x.shape[0], info)  # [t, k]
+        expert = info.decided(lambda: self.replay(own))
         weights = log_scores.gather(1, expert).exp()  # [t, k]
         if self.normalize_weights:
             # = the scores over their sum, but also where all of them underflow

@@ -40,8 +40,8 @@ class ReplaySlot:
         """[t, k] -> [t, k], the experts to use.
 
         Raises:
-            RuntimeError: replaying without a target, or a recomputation (activation checkpointing)
-                of a replayed forward after the replay has ended: it would select anew.
+            RuntimeError: replaying without a target, or a recomputation of a replayed forward that
+                keeps no decisions, after the replay has ended: it would select anew.
             InputError: the target has another shape.
         """
         if self.mode == "record":
@@ -73,8 +73,8 @@ class RouterReplay:
     """Records and replays the selections of a model's routers.
 
     Only the selection is replayed: weights, losses and their gradients come from the present
-    scores, so that the router still learns. With activation checkpointing, backward belongs inside
-    the ``with`` as well.
+    scores, so that the router still learns. Our decoder's activation checkpointing takes over the
+    forward's selection; with another one's, backward belongs inside the ``with`` as well.
 
     Args:
         model: its routers with a ``ReplaySlot`` named ``replay`` are meant, in the order in which

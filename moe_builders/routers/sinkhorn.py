@@ -4,7 +4,9 @@ Letters: t tokens · d dim · e num_experts · k experts_per_token · r rows of 
 each document has its own.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +143,11 @@ class SinkhornRouter(nn.Module):
                     sequence_ids=sequence_ids,
                     tolerance=self.tolerance,
                     max_iterations=self.max_iterations,
+                    decided=info.decided,
                 ).exp()
             probs = probs if self.select_only else plan
-        expert = self.replay(plan.detach().topk(self.experts_per_token, dim=-1).indices)  # [t, k]
+        k, wishes = self.experts_per_token, plan.detach()
+        expert = info.decided(lambda: self.replay(wishes.topk(k, dim=-1).indices))  # [t, k]
         weights = probs.gather(1, expert)  # [t, k]
         if self.normalize_weights:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -161,6 +165,7 @@ def balanced_log_probs(
     sequence_ids: Tensor | None = None,
     tolerance: float,
     max_iterations: int,
+    decided: Callable[[Callable[[], Tensor]], Tensor] = lambda choose: choose(),
 ) -> Tensor:
     """log softmax(logits + v), v such that every expert's mean over the tokens is 1/e.
 
@@ -174,6 +179,7 @@ def balanced_log_probs(
         sequence_ids: [t] int in [0, t), a v for each document; None: one for all.
         tolerance: v is kept as it is once max|e · mean - 1| is below it.
         max_iterations: at most so many corrections of v.
+        decided: ``TokenInfo.decided``: a recomputation makes as many corrections.
 
     Returns:
         [t, e]; carries the gradient through all corrections.
@@ -188,13 +194,18 @@ def balanced_log_probs(
     for _ in range(max_iterations):
         mass = _log_mass(_log_rows(logits, v, segment), mask, segment)  # [r, e]
         mean = torch.where(count > 0, mass - count.clamp(min=1).log(), level)
-        enough = ((mean.detach() - level).expm1().abs() < tolerance).all(-1, keepdim=True)  # [r, 1]
         # one token alone would be given to all experts alike: rounding would choose among them
-        enough = enough | (count <= 1)
+        enough = decided(functools.partial(_enough, mean.detach(), tolerance)) | (count <= 1)
         if may_stop and bool(enough.all()):
             break
         v = torch.where(enough, v, v + level - mean)
     return _log_rows(logits, v, segment)
+
+
+def _enough(mean: Tensor, tolerance: float) -> Tensor:
+    """[r, e] logarithms of the experts' mean masses -> [r, 1] bool."""
+    off = (mean + math.log(mean.shape[-1])).expm1().abs()
+    return (off < tolerance).all(-1, keepdim=True)
 
 
 def _log_rows(logits: Tensor, v: Tensor, segment: Tensor | None) -> Tensor:

@@ -144,10 +144,10 @@ class ThresholdRouter(nn.Module):
         clean, logits = jittered_logits(self.gate, x, self.jitter, training=self.training)
         scores = probs = logits.softmax(-1)  # [t, e]
         if self.differentiable_topk:
-            scores, expert = soft_top_k(probs, k)
+            scores, best = soft_top_k(probs, k)
         else:
-            expert = probs.detach().topk(k, dim=-1).indices
-        expert = self.replay(expert)  # [t, k]
+            best = probs.detach().topk(k, dim=-1).indices
+        expert = info.decided(lambda: self.replay(best))  # [t, k]
         weights = scores.gather(1, expert)  # [t, k]
         if k > 1:
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=self.normalize_eps)
@@ -157,7 +157,7 @@ class ThresholdRouter(nn.Module):
             logits=clean,
             probs=probs,
             info=info,
-            kept=self._taken(weights.detach()),
+            kept=self._taken(weights.detach(), info),
             # it is 1 and there for its gradient only
             straight_through=self.straight_through and torch.is_grad_enabled(),
         )
@@ -165,7 +165,7 @@ class ThresholdRouter(nn.Module):
             return routing
         return self.capacity.limit(routing, training=self.training)
 
-    def _taken(self, weights: Tensor) -> Tensor | None:
+    def _taken(self, weights: Tensor, info: TokenInfo) -> Tensor | None:
         """[t, k] bool, what the policy lets through; None: all."""
         policy: ThresholdPolicy = self.policy
         if policy == "all":
@@ -183,7 +183,8 @@ class ThresholdRouter(nn.Module):
             columns += [~first for _ in thresholds]
         else:
             columns += [weights[:, r] >= limit for r, limit in enumerate(thresholds, start=1)]
-        return torch.stack(columns, dim=1)
+        taken = torch.stack(columns, dim=1)
+        return info.decided(lambda: taken)
 
 
 def _thresholds(name: str, value: float | Sequence[float], k: int) -> tuple[float, ...]:

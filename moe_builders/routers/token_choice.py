@@ -155,7 +155,7 @@ class TokenChoiceTopKRouter(nn.Module):
             self.gate, x, self.jitter, training=self.training, precision=self.gate_precision
         )  # [t, e] twice
         scores, probs = scores_and_probs(noised, self.score_function)
-        expert = self.replay(self._select(scores.detach()))  # [t, k]
+        expert = info.decided(lambda: self.replay(self._select(scores.detach())))  # [t, k]
         if self.weights_from == "biased" and self.expert_bias is not None:
             scores = scores + self.expert_bias.to(scores.dtype)
         weights = scores.gather(1, expert)  # [t, k]

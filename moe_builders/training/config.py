@@ -17,6 +17,7 @@ from omegaconf.errors import (
 
 from moe_builders.errors import InputError
 from moe_builders.instantiate import did_you_mean
+from moe_builders.ops.output_loss import WAYS
 from moe_builders.training.overrides import apply_overrides, one_line
 from moe_builders.training.renamed import rename_old_keys
 from moe_builders.training.schema import (
@@ -141,7 +142,13 @@ class RecipeConfig:
     timeout_minutes: float = at_least(1, default=30.0)
     reshard_after_forward: bool = True  # free gathered layers between forward and backward
     enable_activation_checkpointing: bool = False
+    ac_mode: str = one_of("full", "selective")  # selective: experts are not recomputed
     enable_activation_offloading: bool = False  # what is kept of them on the host; GPU only
+    # chunked: without whole logits | torch, liger: by theirs | none: from whole logits
+    linear_cross_entropy: str = one_of(*WAYS)
+    # auto: grouped where it fits, else loop | bmm: padded rows | liger: its kernels; GPU only
+    expert_backend: str = one_of("auto", "grouped", "loop", "bmm", "liger")
+    recompute_up: bool = False  # experts keep tokens alone; one more product in backward
     compile: bool = False  # torch.compile each layer; needs a C++ compiler
 
     checkpoint_every_n_steps: int | None = at_least(1, default=None)  # null: at a signal only

@@ -24,6 +24,7 @@ def check_together(config: "RecipeConfig") -> None:
         raise InputError(f"seed is {config.seed}, but must be below 2**63")
     _check_routing(config)
     _check_stepping(config)
+    _check_experts(config)
     _check_validation(config)
 
 
@@ -101,10 +102,40 @@ def _check_stepping(config: "RecipeConfig") -> None:
             "optimizer_in_bwd steps before the gradients' norm is known, so clip_grad_norm is "
             f"{config.clip_grad_norm}, but must be null: set clip_grad_norm=null"
         )
+    if config.ac_mode != "full" and not config.enable_activation_checkpointing:
+        raise InputError(
+            f"ac_mode is {config.ac_mode}, but nothing is recomputed: set "
+            "enable_activation_checkpointing=true too"
+        )
     if config.enable_activation_offloading and not config.enable_activation_checkpointing:
         raise InputError(
             "enable_activation_offloading moves what activation checkpointing keeps: set "
             "enable_activation_checkpointing=true too"
+        )
+
+
+def _check_experts(config: "RecipeConfig") -> None:
+    liger = config.expert_backend == "liger"
+    whole = config.enable_activation_checkpointing and config.ac_mode == "full"
+    if config.recompute_up and whole:
+        raise InputError(
+            "recompute_up makes again in backward what a recomputed layer has made just before: "
+            "set ac_mode=selective, or recompute_up=false"
+        )
+    if config.recompute_up and liger:
+        raise InputError(
+            "recompute_up is of the package's own experts, but expert_backend is liger: set "
+            "expert_backend=auto, or recompute_up=false"
+        )
+    if liger and config.ep > 1:
+        raise InputError(
+            f"expert_backend is liger, whose experts are all on one process, but ep is {config.ep}:"
+            " set expert_backend=auto, or ep=1"
+        )
+    if liger and config.deterministic:
+        raise InputError(
+            "expert_backend is liger, which adds up gradients in no fixed order: set "
+            "expert_backend=auto, or deterministic=false"
         )
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_builders.data.batch import Batch, collate, shift_labels
 from moe_builders.losses import IGNORE_INDEX as NONE
 
+INT32 = torch.int32
 EOS = PAD = 7  # one id for both: only lengths tell them apart
 
 
@@ -75,6 +76,20 @@ def test_packed_rows_by_hand():
     ]
 
 
+def test_a_model_gets_documents_if_it_says_that_it_takes_them():
+    class Model(torch.nn.Module):
+        takes_documents = True
+
+    batch = collate([row([1, 2], [3])], pad_id=0, packed=True, length=5)
+    documents = batch.attention_for(Model())
+    assert documents is batch.documents
+    assert documents.ends.tolist() == [2, 3, 5, 5, 5]
+    assert documents.counts.tolist() == [3, 2]
+    assert torch.equal(batch.attention_for(torch.nn.Module()), batch.attention_mask)
+    for model in (Model(), torch.nn.Module()):
+        assert collate([document(1, 2)], pad_id=0).attention_for(model) is None
+
+
 def test_rows_without_a_sample_are_all_padding():
     batch = collate([None, document(1, 2), None], pad_id=3)
     assert batch.tokens.tolist() == [[3, 3], [1, 2], [3, 3]]
@@ -124,6 +139,10 @@ def test_numbers_positions_and_masks_of_any_batch(rows, extra):
     assert attends is not None
     same = batch.sequence_ids[:, :, None] == batch.sequence_ids[:, None, :]
     assert torch.equal(attends, same.tril())
+    shape = {"rows": len(rows), "positions": longest + extra}
+    assert torch.equal(batch.documents.mask(**shape), attends)
+    lengths = batch.sequence_ids.flatten().bincount()
+    assert batch.documents.counts.tolist() == [len(lengths), lengths.max()]
 
 
 def test_tensors_and_numpy_numbers_are_welcome():
@@ -139,7 +158,13 @@ def test_tensors_and_numpy_numbers_are_welcome():
 def test_moving_keeps_everything(packed):
     batch = collate([document(1, 2, 3)], pad_id=0, packed=packed, length=4)
     moved = batch.to(torch.device("meta"))
+    if packed:
+        assert batch.documents.ends.tolist() == [3, 4, 4, 4]
+        assert moved.documents.counts.tolist() == [2, 3]  # stays on the host
+        assert (moved.documents.ends.device.type, moved.documents.ends.dtype) == ("meta", INT32)
     for field in dataclasses.fields(Batch):
+        if packed and field.name == "documents":
+            continue
         here, there = getattr(batch, field.name), getattr(moved, field.name)
         if isinstance(here, torch.Tensor):
             assert (there.shape, there.dtype, there.device.type) == (here.shape, here.dtype, "meta")

@@ -104,7 +104,7 @@ def test_in_backward_every_bit_is_the_plain_runs(answers, size, name):
 def test_fused_is_adamw(answers, size, model):
     plain, fused = answers[f"{size}/{model}adamw/plain"], answers[f"{size}/{model}fused/plain"]
     for name, weight in plain["after"].items():
-        assert _relative(fused["after"][name], weight) <= 1e-6, name
+        assert _relative(fused["after"][name], weight) <= 3e-6, name
 
 
 def test_shards_that_do_not_fit_are_fp32_on_every_process(answers):

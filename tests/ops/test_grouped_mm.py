@@ -43,7 +43,7 @@ def forward_backward(x, weight, counts, grad, backend):
     return y.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("backend", ["grouped", "loop", "bmm"])
 @pytest.mark.parametrize(("counts", "dead"), CASES.values(), ids=CASES.keys())
 def test_both_ways_equal_the_row_by_row_product(counts, dead, backend):
     x, weight, grad, counts_tensor, live = inputs(counts, dead)
@@ -82,7 +82,7 @@ def test_what_the_kernel_leaves_in_dead_rows_is_selected_away(monkeypatch):
     assert torch.equal(x_grad[live:], torch.zeros(4, 8))
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("backend", ["grouped", "loop", "bmm"])
 def test_a_sums_expanded_gradient(backend):
     x, weight, _, counts, _ = inputs(*CASES["dead rows"])
     wanted = forward_backward(x, weight, counts, torch.ones(x.shape[0], 12), backend)
@@ -94,7 +94,7 @@ def test_a_sums_expanded_gradient(backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("backend", ["grouped", "loop", "bmm"])
 def test_a_transposed_view_is_used_as_it_is(backend):
     x, weight, grad, counts, _ = inputs(*CASES["inner empty"])
     wanted = forward_backward(x, weight, counts, grad, backend)
@@ -135,7 +135,7 @@ def test_low_precision_is_rounded_once(dtype):
     x, weight, _, counts, _ = inputs(*CASES["dead rows"], i=64, o=16)
     x, weight = x.to(dtype), weight.to(dtype)
     exact = plain(x.double(), weight.double(), CASES["dead rows"][0])
-    for backend in ("grouped", "loop"):
+    for backend in ("grouped", "loop", "bmm"):
         y = grouped_mm(x, weight, counts, backend=backend)
         assert y.dtype == dtype
         assert_near(y.double(), exact, torch.finfo(dtype).eps)
@@ -189,7 +189,7 @@ def test_compiled_in_fp32_without_a_graph_break():
     ("x", "weight", "counts", "backend", "message"),
     [
         ((4, 7), (2, 4, 7), 2, "grouped", "multiple of 16 bytes"),
-        ((4, 8), (2, 4, 8), 2, "fast", "'fast' is not one of auto, grouped, loop"),
+        ((4, 8), (2, 4, 8), 2, "fast", "'fast' is not one of auto, grouped, loop, bmm, gather"),
         ((4, 8), (2, 4, 7), 2, "auto", r"\(4, 8\) and \(2, 4, 7\)"),
         ((4, 8), (4, 8), 2, "auto", "weight"),
         ((4, 8), (2, 4, 8), 3, "auto", "holds 2 experts"),

@@ -5,6 +5,8 @@ import torch
 from helpers import assert_near, quick
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_builders.ops.permute import combine_rows, gather_rows, sort_by_expert
 
@@ -36,6 +38,63 @@ def test_sorted_as_python_sorts(t, e, data, seed, masked):
     assert got.num_tokens_per_expert.tolist() == [int((expert[live] == j).sum()) for j in range(e)]
     assert got.slot_of.tolist() == [[wanted.index((i, c)) for c in range(k)] for i in range(t)]
     assert got.num_tokens_per_expert.dtype == torch.int32
+
+
+class Called(TorchDispatchMode):
+    """Writes down which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_sorting_on_a_gpu_is_one_operator(masked):
+    """A fake GPU's tensors take it; a CPU's never do, and have the same shapes and dtypes."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), Called() as called:
+            expert = torch.empty(5, 2, dtype=torch.int64, device=device)
+            live = torch.empty(5, 2, dtype=torch.bool, device=device) if masked else None
+            called.names.clear()
+            found[device] = sort_by_expert(expert, 4, live)
+        ours = [name for name in called.names if name.startswith("moe_builders")]
+        assert ours == ["moe_builders.sort_by_expert.default"] * (device == "cuda")
+        assert ("aten.sort.stable" in called.names) == (device == "cpu")
+    for name, here, there in zip(found["cpu"]._fields, *found.values(), strict=True):
+        assert (here.shape, here.dtype, here.stride()) == (there.shape, there.dtype, there.stride())
+        assert there.device.type == "cuda", name
+
+
+@pytest.mark.parametrize("t", [0, 6])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_operator_sorts_without_triton(t, masked):
+    expert, live = random_choice(t, 2, 4)
+    live = live if masked else None
+    sort = torch.ops.moe_builders.sort_by_expert.default
+    for mine, wanted in zip(sort(expert, 4, live), sort_by_expert(expert, 4, live), strict=True):
+        assert torch.equal(mine, wanted)
+    torch.library.opcheck(sort, (expert, 4, live))
+
+
+def test_the_operator_compiles_into_one_node():
+    """Whether there is Triton is not asked while it is traced."""
+    expert, live = random_choice(6, 2, 4)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op != "placeholder"])
+        return graph
+
+    compiled = torch.compile(torch.ops.moe_builders.sort_by_expert, fullgraph=True, backend=backend)
+    got = compiled(expert, 4, live)
+    assert torch.equal(got[0], sort_by_expert(expert, 4, live).order)
+    (targets,) = graphs
+    assert sum("sort" in target for target in targets) == 1
 
 
 def test_gathering_copies_each_assignments_token():
@@ -111,12 +170,14 @@ def test_a_tokens_rows_are_added_first_choice_first():
     expert, _ = random_choice(50, 4, 8)
     assigned = sort_by_expert(expert, 8, None)
     rows, weights = torch.randn(200, 16), torch.randn(200)
-    wanted = torch.zeros(50, 16)
+    wanted, weighted = torch.zeros(50, 16), torch.zeros(50, 16)
     for choice in range(4):
         slots = assigned.slot_of[:, choice]
-        wanted = wanted + rows[slots] * weights[slots, None]
-    got = combine_rows(rows, weights, assigned.token_index, assigned.slot_of, 50)
-    assert torch.equal(got, wanted)  # the very same bits
+        wanted = wanted + rows[slots]
+        weighted = weighted + rows[slots] * weights[slots, None]
+    places = assigned.token_index, assigned.slot_of, 50
+    assert torch.equal(combine_rows(rows, None, *places), wanted)  # the very same bits
+    assert_near(combine_rows(rows, weights, *places), weighted, 1e-6)  # a·b + c rounds once
 
 
 def test_the_same_bits_every_run():

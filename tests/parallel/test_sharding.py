@@ -25,8 +25,10 @@ from moe_builders.parallel.sharding import (
     needs_sharding,
     shard_model,
     whole_tensor,
+    widen_router_inputs,
 )
 from moe_builders.parallel.world import open_world
+from moe_builders.routing import storage_dtype
 
 TOKENS = torch.arange(24).view(2, 12) % 64
 
@@ -93,6 +95,12 @@ def test_routers_compute_in_fp32_whatever_the_rest_does(world):
             module.register_forward_pre_hook(
                 lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))  # fmt: skip
     shard_model(model, world, compute_dtype=torch.bfloat16, reshard_after_forward=True)
+    multiplied = []  # after FSDP2's own hook, which casts what comes with the tokens
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: multiplied.append(kwargs["assigned"]), with_kwargs=True
+            )
     out = model(TOKENS)
     assert out.dtype == torch.float32
     for name, routing in collect_routing(model).items():
@@ -102,12 +110,20 @@ def test_routers_compute_in_fp32_whatever_the_rest_does(world):
         assert not torch.equal(gate, gate.bfloat16().float()), "rounding would show"
         assert routing.logits.dtype == routing.probs.dtype == torch.float32
         torch.testing.assert_close(routing.logits.detach(), x.float() @ gate.T, rtol=0, atol=1e-5)
+    assert [a.output_weights.dtype for a in multiplied] == [torch.float32] * len(seen)
     out.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def stored_in(model, dtype):
+    """As the recipe stores it: routers not below fp32."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(storage_dtype(name, dtype))
+    return model
+
+
 def needed(world, *, stored, computed):
-    model = qwen3_moe_tiny(vocab_size=64).to(stored)
+    model = stored_in(qwen3_moe_tiny(vocab_size=64), stored)
     return needs_sharding(model, world, compute_dtype=computed)
 
 
@@ -117,8 +133,28 @@ def test_one_process_shards_only_what_must_be_cast(world):
     assert not needed(world, stored=torch.float64, computed=torch.float64)
     assert needed(world, stored=wide, computed=half)
     assert needed(world, stored=half, computed=wide)
-    assert needed(world, stored=half, computed=half), "its routers compute in fp32"
+    assert not needed(world, stored=half, computed=half), "its routers are stored as they compute"
+    narrow = qwen3_moe_tiny(vocab_size=64).to(half)
+    assert needs_sharding(narrow, world, compute_dtype=half), "its routers are to be widened"
     assert needed(replace(world, size=2), stored=wide, computed=wide)
+
+
+def test_one_process_in_bf16_is_the_same_model_unsharded(world):
+    model = stored_in(randomise(qwen3_moe_tiny(vocab_size=64)), torch.bfloat16)
+    sharded = copy.deepcopy(model)
+    shard_model(sharded, world, compute_dtype=torch.bfloat16, reshard_after_forward=True)
+    seen = []
+    for layer in model.layers:
+        layer.mlp.router.register_forward_hook(lambda _, args, __: seen.append(args[0].dtype))
+    widen_router_inputs(model)
+    one, other = model(TOKENS), sharded(TOKENS)
+    assert torch.equal(one, other)
+    assert seen == [torch.float32] * len(model.layers)
+    one.square().sum().backward()
+    other.square().sum().backward()
+    for (name, first), second in zip(model.named_parameters(), sharded.parameters(), strict=True):
+        assert first.grad.dtype == second.grad.dtype == first.dtype
+        assert torch.equal(first.grad, whole_tensor(second.grad)), name
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -17,7 +17,9 @@ from helpers_train import (
 from safetensors.torch import load_file
 
 from moe_builders.data.rows import PackedDataset
+from moe_builders.decoder import MoEDecoder
 from moe_builders.hub import create_hf_model, load_hf_model
+from moe_builders.ops.documents import Documents
 
 ADAMW = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}}
 PACKED = {"_component_": "helpers_train.RaggedDataset", "packed": True, "num_samples": 12}
@@ -35,12 +37,33 @@ def _losses(cfg):
     return torch.tensor([values["loss"] for values in recipe.main(cfg).history])
 
 
-def test_activation_checkpointing_changes_no_bit(tmp_path):
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_no_bit(tmp_path, mode):
     plain = losses_and_weights(config(tmp_path / "a", max_steps=4, **ADAMW))
-    changes = {"enable_activation_checkpointing": True} | ADAMW
+    changes = {"enable_activation_checkpointing": True, "ac_mode": mode} | ADAMW
     saved = losses_and_weights(config(tmp_path / "b", max_steps=4, **changes))
     assert plain["loss"] == saved["loss"]
     assert all(torch.equal(plain["weights"][n], saved["weights"][n]) for n in plain["weights"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "products: torch's grouped product (it takes"),
+        ({"expert_backend": "loop"}, "a loop over experts (the back end is loop)"),
+        ({"expert_backend": "bmm", "recompute_up": True}, "product of padded rows (the back end"),
+        ({"recompute_up": True, "enable_activation_checkpointing": True, "ac_mode": "selective"},
+         "torch's grouped product (it takes dtype and strides; on a CPU a loop inside torch)"),
+    ],
+)  # fmt: skip
+def test_experts_are_computed_as_asked_and_as_told(tmp_path, capsys, changes, told):
+    plain = _losses(config(tmp_path / "a", max_steps=3, expert_backend="loop", **ADAMW))
+    capsys.readouterr()
+    found = _losses(config(tmp_path / "b", max_steps=3, **changes, **ADAMW))
+    assert (plain - found).abs().max() <= 1e-5
+    said = [line for line in capsys.readouterr().out.splitlines() if "experts' products" in line]
+    assert len(said) == 1
+    assert told in said[0]
 
 
 def test_compiled_layers_give_the_same_losses(tmp_path):
@@ -66,6 +89,37 @@ def test_packed_rows_train_like_separate_ones(tmp_path):
     for name, gradient in separate["gradients"].items():
         difference = (together["gradients"][name] - gradient).abs().max()
         assert difference <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_documents_train_like_their_mask(checkpointing, tmp_path, monkeypatch):
+    changes = {"dataset": PACKED | {"num_samples": 40}, "max_steps": 3, "batch_size": 2,
+               "enable_activation_checkpointing": checkpointing} | ADAMW  # fmt: skip
+    seen = []
+    attend = MoEDecoder.forward
+
+    def watched(self, tokens, *, mask, **others):
+        seen.append(type(mask))
+        return attend(self, tokens, mask=mask, **others)
+
+    monkeypatch.setattr(MoEDecoder, "forward", watched)
+    documents = _losses(config(tmp_path / "a", **changes))
+    monkeypatch.setattr(MoEDecoder, "takes_documents", False)
+    masked = _losses(config(tmp_path / "b", **changes))
+    assert seen == [Documents] * 3 + [torch.Tensor] * 3
+    torch.testing.assert_close(documents, masked, rtol=1e-6, atol=0)
+
+
+def test_packed_rows_on_two_processes_train_as_on_one(tmp_path):
+    changes = {"dataset": PACKED | {"num_samples": 40}, "param_dtype": "fp64",
+               "compute_dtype": "fp64"}  # fmt: skip
+    one = first_step(config(tmp_path / "one", batch_size=4, **changes))
+    cfg = config(tmp_path / "two", batch_size=2, **changes)
+    two = on_ranks(2, {"two": ("first_step", cfg)}, tmp_path)["two"]
+    torch.testing.assert_close(two["values"]["loss"], one["values"]["loss"], rtol=1e-12, atol=0)
+    for name, gradient in one["gradients"].items():
+        worst = (two["gradients"][name] - gradient).abs().max()
+        assert worst <= 1e-10 * gradient.abs().max(), name
 
 
 def test_bf16_compute_stays_near_fp32(tmp_path):

@@ -57,6 +57,17 @@ def test_config_json_is_enough(tmp_path):
     assert "experts: rows there and back  all_to_all" in text
 
 
+def test_experts_that_keep_less(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    args = (f"base_model={tmp_path}", "max_seq_len=256", "batch_size=4096",
+            "enable_activation_checkpointing=true", "ac_mode=selective")  # fmt: skip
+
+    def kept(text):
+        return float(re.search(r"activations kept +([\d.]+)", text)[1])
+
+    assert kept(shown(*args, "recompute_up=true")) < kept(shown(*args))
+
+
 def test_routers_of_the_configuration(tmp_path):
     """Experts that pick tokens have no places of choices to send."""
     (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_builders.errors import InputError
+from moe_builders.ops.row_ops import take_rows
 from moe_builders.routers import ExpertChoiceTopKRouter, TokenChoiceTopKRouter
 from moe_builders.routers.capacity import Capacity
 from moe_builders.routing import TokenInfo, check_routing, dense_weights, route_by_choice
@@ -365,13 +366,18 @@ def test_padding_when_every_token_is_masked():
 def test_a_padding_row_is_zeros_even_beside_a_huge_token():
     """A row in excess must not run a real token through an expert it was not made for."""
     moe = layer(Capacity(factor=4, minimum=0, scope="micro", pad=True))
-    moe.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    moe.experts.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0].detach(), kwargs["assigned"])),
+        with_kwargs=True,
+    )
     seen = []
     moe(torch.randn(8, D, dtype=torch.float64))
     routing = moe.last_routing
     spare = routing.input_weights == 0
     assert int(spare.sum()) == E * 8 - 16
-    assert torch.equal(seen[0][spare], torch.zeros(int(spare.sum()), D).double())
+    ((tokens, assigned),) = seen
+    rows = take_rows(tokens, assigned.token_index, assigned.input_weights)  # what experts see
+    assert torch.equal(rows[spare], torch.zeros(int(spare.sum()), D).double())
 
 
 def test_an_expert_of_nobody():

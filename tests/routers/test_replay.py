@@ -7,6 +7,7 @@ import torch
 from helpers import assert_near, gradients, randomise
 from helpers_decoder import batch, decoder_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_builders.errors import InputError
 from moe_builders.moe import collect_routing, moe_layer
@@ -116,7 +117,7 @@ def test_recomputation_sees_the_same_targets():
         replay = RouterReplay(model)
         with replay.record():
             model(tokens).square().sum().backward()
-            recorded = replay.collect()  # a recomputation records the same in the same place
+            recorded = replay.collect()
         assert [r.shape for r in recorded] == [(20, 2)] * 2
         targets = [(r + 1) % 4 for r in recorded]
         gradients(model)
@@ -127,17 +128,33 @@ def test_recomputation_sees_the_same_targets():
         assert torch.equal(found[1][name], wanted), name
 
 
-def test_a_recomputation_after_the_replay_is_refused():
+def test_the_decoders_recomputation_replays_after_the_replay_too():
+    """It takes over what the forward decided, and so what was replayed."""
+    tokens, found = batch()[0], []
+    for checkpointing in (False, True):
+        model = decoder(checkpointing)
+        replay = RouterReplay(model)
+        with replay.record():
+            model(tokens)
+        with replay.replay([(r + 1) % 4 for r in replay.collect()]):
+            loss = model(tokens).sum()
+        loss.backward()
+        found.append(gradients(model))
+    for name, wanted in found[0].items():
+        assert torch.equal(found[1][name], wanted), name
+
+
+def test_a_recomputation_that_keeps_no_decisions_is_refused_after_the_replay():
     """It would select anew, and give gradients of another forward without a word."""
-    model, tokens = decoder(True), batch()[0]
+    model, x = Stack(), torch.randn(20, 6, requires_grad=True)
     replay = RouterReplay(model)
     with replay.record():
-        model(tokens)
-    with replay.replay([(r + 1) % 4 for r in replay.collect()]):
-        loss = model(tokens).sum()
+        model(x)
+    with replay.replay([(r + 1) % 8 for r in replay.collect()]):
+        loss = checkpoint(model, x, use_reentrant=False).sum()
     with pytest.raises(RuntimeError, match=r"call backward inside `with replay\.replay"):
         loss.backward()
-    model(tokens).sum().backward()  # ordinary training goes on
+    model(x).sum().backward()  # ordinary training goes on
 
 
 def test_copies_do_not_share_slots():

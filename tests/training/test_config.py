@@ -268,10 +268,35 @@ def test_a_bias_of_routers_that_do_not_learn(refusal):
         ("routing={pad_to_capacity: true, capacity_factor: 1.5, capacity_scope: micro}",
          lambda c: c.routing.pad_to_capacity, True),
         ("model={_component_: mine.model, z_coef: 1}", lambda c: c.model["z_coef"], 1),
+        ("recompute_up=true", lambda c: c.recompute_up, True),
+        ("expert_backend=liger", lambda c: c.expert_backend, "liger"),
+        ("expert_backend=bmm", lambda c: c.expert_backend, "bmm"),
     ],
 )  # fmt: skip
 def test_keys_that_go_together(parse, changes, read, value):
     assert read(parse(changes)) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["recompute_up=true", "enable_activation_checkpointing=true"],
+         r"^recompute_up makes again in backward what .*: set ac_mode=selective, or recompute_"),
+        (["recompute_up=true", "expert_backend=liger"],
+         r"^recompute_up is of the package's own experts, .* is liger: set expert_backend=auto"),
+        (["ep=2", "expert_backend=liger"],
+         r"^expert_backend is liger, .* on one process, but ep is 2: set expert_backend=auto"),
+        (["deterministic=true", "expert_backend=liger"],
+         r"^expert_backend is liger, .* in no fixed order: set expert_backend=auto, or dete"),
+        (["expert_backend=gather"],
+         r"^expert_backend is 'gather', but must be one of auto, grouped, loop, bmm, liger$"),
+    ],
+)  # fmt: skip
+def test_experts_that_do_not_go_together(parse, changes, message):
+    with pytest.raises(InputError, match=message):
+        parse(*changes)
+    keys = ("recompute_up=true", "enable_activation_checkpointing=true", "ac_mode=selective")
+    assert parse(*keys).recompute_up
 
 
 BALANCING = ("router_aux_loss_coeff", "router_aux_loss_coef", "aux_loss_coeff", "aux_loss_coef",
