@@ -23,7 +23,7 @@ from moe_builders.counts import (
     count_rows,
 )
 from moe_builders.errors import InputError
-from moe_builders.ops.linear_cross_entropy import IGNORE_INDEX
+from moe_builders.ops.cross_entropy import IGNORE_INDEX
 from moe_builders.routing import Routing
 
 Scope = Literal["sequence", "micro", "global"]

@@ -110,6 +110,10 @@ def test_even_routing_is_shown_and_not_compared():
     assert train_step.check_equal_work(work, "fp32") == {"losses": 0, "norms": 0}
     chosen = train_step.parse(["--ways", "recipe", "eager", "--routing", "real", "balanced"])
     assert train_step.ways_of(chosen) == ["recipe", "eager", "recipe, balanced"]
+    chosen = train_step.parse(["--device", "cuda"])  # a way's model takes an own part of the memory
+    assert [way for way in train_step.ways_of(chosen) if way not in train_step.THEIRS] == [
+        "recipe", "bare", "recipe, balanced"
+    ]  # fmt: skip
     case = train_step.Case("e8_k2", "fp32", "recipe, balanced", "", "cpu", 1, 1, 1)
     assert (case.kind, case.router) == ("recipe", train_step.BALANCED)
 

@@ -227,10 +227,11 @@ class _Sum:
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add [v, c] times [c, d]."""
         total, first, self.begun = self.total, not self.begun, True
+        beta = 0 if first else 1
         if total.dtype == left.dtype:
-            total.addmm_(left, right, beta=0 if first else 1)
+            total.addmm_(left, right, beta=beta)
         elif not total.is_cpu:
-            torch.addmm(total, left, right, out_dtype=total.dtype, beta=not first, out=total)  # pyright: ignore[reportCallIssue]
+            torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)  # pyright: ignore[reportCallIssue]
         else:  # a CPU's products of narrow numbers are narrow
             rows = max(1, _SLICE // right.shape[1])
             for start in range(0, total.shape[0], rows):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 
 from moe_builders.errors import InputError
-from moe_builders.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy_sum
+from moe_builders.ops.cross_entropy import IGNORE_INDEX
+from moe_builders.ops.linear_cross_entropy import linear_cross_entropy_sum
 
 # none: whole logits, [t, v]
 WAYS = ("chunked", "torch", "liger", "none")

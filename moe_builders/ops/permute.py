@@ -3,20 +3,22 @@
 Letters: t tokens · k experts_per_token · a assignments · e experts · d dim.
 
 Both directions exist in two ways that tests hold equal. With ``slot_of`` (every token has its k
-places in the sorted list) a token's rows are gathered and added in a fixed order, forward and
-backward: no atomics, the same bits every run. Without it (expert choice: a token may be taken any
-number of times) rows are added with index_add.
+places in the sorted list) a token's rows are added in the order of its choices, without it (expert
+choice: a token may be taken any number of times) in the order in which they stand; forward and
+backward, without atomics: the same bits every run.
 
 On a GPU sorting is an operator of its own, so that torch.compile need not look into it: whether
 Triton's counting sort runs there is asked inside.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_builders.ops.row_ops import sum_slots
+from moe_builders.ops import row_ops
+from moe_builders.ops.kernels import row_kernels
 from moe_builders.ops.triton import available
 
 
@@ -86,8 +88,6 @@ def expert_of_rows(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
 
 def gather_rows(x: Tensor, token_index: Tensor, slot_of: Tensor | None) -> Tensor:
     """Copy each assignment's token row: [t, d] -> [a, d]."""
-    if slot_of is None:
-        return x.index_select(0, token_index)
     return _GatherRows.apply(x, token_index, slot_of)
 
 
@@ -107,43 +107,57 @@ def combine_rows(
         slot_of: [t, k] where each token's rows stand, or None.
         num_tokens: t.
     """
-    if slot_of is not None:
-        return _CombineRows.apply(rows, weights, token_index, slot_of)
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if weights is not None:
-        wide = wide * weights[:, None].to(wide.dtype)
-    out = wide.new_zeros(num_tokens, rows.shape[1]).index_add(0, token_index, wide)
-    return out.to(rows.dtype)
+    return _CombineRows.apply(rows, weights, token_index, slot_of, num_tokens)
+
+
+def _add_up(
+    rows: Tensor,
+    weights: Tensor | None,
+    token_index: Tensor,
+    slot_of: Tensor | None,
+    num_tokens: int,
+) -> Tensor:
+    """``combine_rows`` without a gradient."""
+    passes = _passes(rows)
+    if slot_of is None:
+        return passes.sum_tokens(rows, token_index, num_tokens, weights)
+    return passes.sum_slots(rows, slot_of, weights)
+
+
+def _passes(rows: Tensor) -> ModuleType:
+    """Who passes over rows; a compiler that traces this makes kernels of its own."""
+    return row_ops if torch.compiler.is_compiling() else row_kernels(rows)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, token_index: Tensor, slot_of: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_of)
+    def forward(ctx, x: Tensor, token_index: Tensor, slot_of: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_index, slot_of)
+        ctx.num_tokens = x.shape[0]
         return x.index_select(0, token_index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (slot_of,) = ctx.saved_tensors
-        return sum_slots(grad, slot_of, None), None, None
+        token_index, slot_of = ctx.saved_tensors
+        return _add_up(grad, None, token_index, slot_of, ctx.num_tokens), None, None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, rows: Tensor, weights: Tensor | None, token_index: Tensor, slot_of: Tensor
-    ) -> Tensor:
+        ctx, rows: Tensor, weights: Tensor | None, token_index: Tensor, slot_of: Tensor | None,
+        num_tokens: int,
+    ) -> Tensor:  # fmt: skip
         # the rows are only needed for the weights' gradient
         ctx.save_for_backward(rows if weights is not None else None, weights, token_index)
-        return sum_slots(rows, slot_of, weights)
+        return _add_up(rows, weights, token_index, slot_of, num_tokens)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weights, token_index = ctx.saved_tensors
         spread = grad.index_select(0, token_index)  # [a, d]
         if weights is None:
-            return spread, None, None, None
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        spread = spread.to(wide)
-        weights_grad = (spread * rows.to(wide)).sum(-1).to(weights.dtype)  # [a]
-        return (spread * weights[:, None].to(wide)).to(rows.dtype), weights_grad, None, None
+            return spread, None, None, None, None
+        passes = _passes(spread)
+        weights_grad = passes.row_products(spread, rows).to(weights.dtype)  # [a]
+        return passes.weigh_rows(spread, weights), weights_grad, None, None, None

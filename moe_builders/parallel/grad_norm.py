@@ -15,9 +15,8 @@ from moe_builders.errors import InputError
 class GradNorm:
     """The 2-norm of gradients as if they were one vector on one process, added up one by one.
 
-    Squares are added in fp64 (on a CPU within a row in fp32) over each process's own shards, then
-    over just the mesh axes a parameter is sharded on: a replicated gradient counts once. No host
-    sync.
+    Squares are added in fp64 (within a row in fp32) over each process's own shards, then over just
+    the mesh axes a parameter is sharded on: a replicated gradient counts once. No host sync.
     """
 
     def __init__(self) -> None:
@@ -82,14 +81,16 @@ def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) 
 def _sum_of_squares(local: Tensor) -> Tensor:
     """Scalar fp64.
 
-    A CPU needs ten times as long for it in fp64 throughout, a tenth of a whole step. There rows are
-    short enough to be added in fp32, and the rows' norms in fp64; unless what fp32 cannot square
-    (below 1e-19) is all there is, or more than it can (above 1e19).
+    A CPU needs ten times as long for it in fp64 throughout, a tenth of a whole step, and a GPU
+    copies the gradient to fp64 first, four times its bytes in bf16. Rows are short enough to be
+    added in fp32, and the rows' norms in fp64. Where what fp32 cannot square (below 1e-19) is all
+    there is, or more than it can (above 1e19), a CPU takes fp64; a GPU would wait to be told, and
+    its norm is 0 or infinite then.
     """
-    if local.device.type == "cpu" and local.ndim > 1 and local.dtype != torch.float64:
+    if local.ndim > 1 and local.dtype != torch.float64:
         rows = torch.linalg.vector_norm(local, dim=-1, dtype=torch.float32)
         total = rows.double().square().sum()
-        if 1e-20 < total < math.inf:
+        if local.device.type != "cpu" or 1e-20 < total < math.inf:
             return total
     return torch.linalg.vector_norm(local, dtype=torch.float64).square()
 

@@ -117,6 +117,19 @@ def test_what_time_cut_off_is_kept_and_said(monkeypatch, tmp_path):
     assert "over before it began" in report["skipped"][0]
 
 
+def test_the_first_case_has_the_longest_share(monkeypatch, tmp_path):
+    left = []
+
+    def run_case(case, deadline):
+        left.append(deadline.left)
+        return "done", {"sharded": False}, [step(1), step(1)]
+
+    monkeypatch.setattr(one_gpu, "run_case", run_case)
+    out = tmp_path / "one.json"
+    one_gpu.main(["--tiny", "--device", "cpu", "--minutes", "4", "--out", str(out)])
+    assert left == pytest.approx([180, 240], abs=5)  # 3 / 4 of all; the last one has what is left
+
+
 def test_steps_on_the_same_rows_teach(monkeypatch):
     """The real thing in this process, but for the optimizer."""
     monkeypatch.setattr(

@@ -116,6 +116,21 @@ def both_ways(function, *inputs):
     return zip(*found, strict=True)
 
 
+@pytest.mark.parametrize("slots", [True, False])
+def test_nothing_is_added_by_atomics_on_a_gpu(slots):
+    """Tensors without values go the ways of a GPU's."""
+    with torch.device("meta"), Called() as called:
+        x, weights = (torch.empty(shape, requires_grad=True) for shape in ((5, 3), (10,)))
+        token = torch.empty(10, dtype=torch.int64)
+        slot_of = torch.empty(5, 2, dtype=torch.int64) if slots else None
+        rows = gather_rows(x, token, slot_of)
+        combine_rows(rows, weights, token, slot_of, 5).sum().backward()
+    assert x.grad.shape == x.shape
+    atomics = ("index_add", "scatter_add", "scatter_reduce", "index_put", "embedding_bag")
+    assert any("index_select" in name for name in called.names)
+    assert not [name for name in called.names if any(word in name for word in atomics)]
+
+
 @pytest.mark.parametrize("dead", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("k", [1, 3])
 def test_gathering_with_slots_and_without(k, dead):

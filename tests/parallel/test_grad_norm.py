@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_builders.errors import InputError
 from moe_builders.parallel.grad_norm import clip_gradients, global_grad_norm
@@ -125,6 +127,30 @@ def test_matrices_of_a_cpu_keep_their_norm_at_any_scale(dtype, scale):
     found = parameters(*(matrix.to(dtype) for matrix in matrices))
     wanted = torch.stack([p.grad.double().square().sum() for p in found]).sum().sqrt()
     torch.testing.assert_close(global_grad_norm(found), wanted, rtol=1e-7, atol=0)
+
+
+class Reductions(TorchDispatchMode):
+    """The dtypes that numbers are reduced in, by how many there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.linalg_vector_norm.default:
+            self.found[args[0].numel()] = (kwargs or {}).get("dtype")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_copies_no_matrix_to_fp64_and_waits_for_nothing():
+    """torch's norm on a GPU makes a copy in any dtype but the gradient's own and fp32."""
+    with FakeTensorMode(), Reductions() as seen:
+        matrices = [torch.empty(4, 6, 50, device="cuda", dtype=torch.bfloat16),
+                    torch.empty(8, 30, device="cuda")]  # fmt: skip
+        gradients = [*matrices, torch.empty(7, device="cuda")]
+        norm = global_grad_norm(parameters(*gradients))  # a value that is asked for would raise
+    assert (norm.device.type, norm.dtype) == ("cuda", torch.float64)
+    assert seen.found == {1200: torch.float32, 240: torch.float32, 7: torch.float64}
 
 
 def test_a_matrix_of_zeros_has_no_norm():

@@ -1,7 +1,8 @@
 """The passes over rows as Triton kernels, each with a plain twin of the same name and meaning.
 
-``sort`` has ``sort_by_expert`` of ``ops.permute``, ``row_ops`` what ``ops.row_ops`` has. Triton is
-imported by those modules alone: ask ``available`` before importing them.
+``sort`` has ``sort_by_expert`` of ``ops.permute``, ``row_ops`` what ``ops.row_ops`` has, and
+``cross_entropy`` the ``cross_entropy_`` of ``ops.cross_entropy``. Triton is imported by these
+modules alone: ask ``available`` before importing them.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """All of ``ops.row_ops`` on a GPU: kernels where there is one, the plain function elsewhere."""
 
 from moe_builders.ops.row_ops import sum_tokens
-from moe_builders.ops.triton.activations import activate, activate_backward, serves
+from moe_builders.ops.triton.activations import activate, activate_backward
 from moe_builders.ops.triton.rows import (
     add_expert_rows_,
     row_products,
@@ -16,7 +16,6 @@ __all__ = [
     "activate_backward",
     "add_expert_rows_",
     "row_products",
-    "serves",
     "sum_slots",
     "sum_tokens",
     "take_rows",

@@ -16,6 +16,7 @@ from moe_builders.ops.activations import (
     swiglu,
 )
 from moe_builders.ops.triton import row_ops as kernels
+from moe_builders.ops.triton.activations import serves
 
 KINDS = {
     **ACTIVATIONS,
@@ -136,12 +137,12 @@ def test_the_same_bits_every_run(device):
 
 
 def test_what_is_served():
-    assert all(kernels.serves(kind) for kind in KINDS.values())
+    assert all(serves(kind) for kind in KINDS.values())
     own = Activation("mine", gated=True, function=swiglu, gradient=lambda z, grad: z)
-    assert not kernels.serves(own)
+    assert not serves(own)
     named_so = Activation("swiglu", gated=True, function=lambda z: z, gradient=lambda z, grad: z)
-    assert not kernels.serves(named_so)
+    assert not serves(named_so)
     without = Activation("swiglu", gated=True, function=swiglu)
-    assert not kernels.serves(without)
+    assert not serves(without)
     with pytest.raises(AssertionError):
         kernels.activate(torch.ones(1, 2), own)
