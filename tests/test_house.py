@@ -124,3 +124,9 @@ def test_nothing_names_a_machine():
 def test_released_configs_are_json_objects():
     for path in (ROOT / "tests/assets/configs").glob("*.json"):
         assert json.loads(path.read_text())["model_type"] in BY_MODEL_TYPE
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest tells files without packages apart by their name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -1,6 +1,7 @@
 """What is told of the experts' products is what happens; a back end for a whole model."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,9 +99,18 @@ def test_what_is_asked_for_is_done_also_where_auto_would_not(monkeypatch, dtype)
     assert set(told) == {("grouped", "the back end is grouped")}
 
 
+def gpu_of(monkeypatch, capability):
+    """There is a GPU of that capability, as far as anybody asks."""
+    if capability is not None:
+        properties = SimpleNamespace(major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
 def test_halves_on_a_gpu_need_sizes_that_a_cpu_does_not(monkeypatch):
     """The decision is a function of dtype and strides: what a GPU does needs no GPU to be told."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    gpu_of(monkeypatch, (9, 0))
     half = {"device": GPU, "dtype": torch.bfloat16}
     names = [way.name for way in product_ways(experts_of(16, 24), **half).values()]
     assert names == ["grouped"] * 6
@@ -125,8 +135,7 @@ def test_halves_on_a_gpu_need_sizes_that_a_cpu_does_not(monkeypatch):
     ],
 )
 def test_what_torchs_product_is_there(monkeypatch, device, dtype, capability, told):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_of(monkeypatch, capability)
     line = describe_backend(experts_of(16, 24), device=device, dtype=dtype)
     assert line.startswith(
         f"experts' products: torch's grouped product (it takes dtype and strides; {told});"
@@ -144,8 +153,7 @@ def test_what_torchs_product_is_there(monkeypatch, device, dtype, capability, to
     ],
 )
 def test_what_passes_over_rows(monkeypatch, triton, capability, dtype, told):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_of(monkeypatch, capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object() if triton else None)
     assert told in describe_backend(experts_of(16, 24), device=GPU, dtype=dtype)
 

@@ -1,6 +1,7 @@
 """Batched experts against one expert and one row at a time."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,8 +275,8 @@ class OnGpu:
 
 
 def test_when_rows_are_gathered_by_themselves(monkeypatch):
-    capability = (9, 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     weight, small = OnGpu(64, 12, 8), OnGpu(4, 12, 8)
     few = OnGpu(MOST_ROWS, 8)
     assert not takes_gathered("auto", few, weight)  # gradients are on
@@ -286,7 +287,7 @@ def test_when_rows_are_gathered_by_themselves(monkeypatch):
         assert not takes_gathered("auto", OnGpu(5, 8), small)  # more than the layer holds
         half = OnGpu(8, 8, dtype=torch.bfloat16)
         assert not takes_gathered("auto", half, weight)  # a kernel reads the experts in place
-        capability = (8, 0)
+        gpu.major = 8
         assert takes_gathered("auto", half, weight)
         assert not takes_gathered("auto", torch.zeros(8, 8), torch.zeros(64, 12, 8))  # on a CPU
         assert not takes_gathered("loop", half, weight)

@@ -1,6 +1,6 @@
 """Liger's experts: what its function is given, by a stand-in that computes plainly; refusals.
 
-The real kernels: tests/gpu/test_liger.py.
+The real kernels: tests/gpu/test_liger_kernels.py.
 """
 
 import sys
