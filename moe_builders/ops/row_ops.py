@@ -61,7 +61,7 @@ def sum_slots(rows: Tensor, slot_of: Tensor, weights: Tensor | None = None) -> T
 
 def _sum_bags(rows: Tensor, slot_of: Tensor, weights: Tensor | None) -> Tensor:
     """``sum_slots`` in one pass: a token's rows are a bag of embeddings, summed in its order."""
-    if slot_of.numel() == 0:
+    if slot_of.numel() == 0 or rows.numel() == 0:  # which torch's bags refuse
         return rows.new_zeros(slot_of.shape[0], rows.shape[1])
     if weights is None:  # half precision is summed in fp32
         return F.embedding_bag(slot_of, rows, mode="sum")

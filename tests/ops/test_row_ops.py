@@ -5,7 +5,7 @@ import torch
 from helpers import assert_near
 
 from moe_builders.ops.activations import ACTIVATIONS
-from moe_builders.ops.row_ops import activate, activate_backward
+from moe_builders.ops.row_ops import activate, activate_backward, sum_slots
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
@@ -20,3 +20,12 @@ def test_half_precision_is_rounded_once(kind):
     assert torch.equal(hidden, (wide * weights[:, None]).to(half))
     assert torch.equal(z_grad, kind.gradient(z.float(), grad.float() * weights[:, None]).to(half))
     assert_near(weights_grad, (grad.float() * wide).sum(-1), 1e-6)
+
+
+def test_nothing_is_added_up_to_nothing():
+    """Also where there are tokens but no columns, which torch's bags of embeddings refuse."""
+    slots = torch.arange(6).view(2, 3)
+    assert sum_slots(torch.zeros(6, 0), slots).shape == (2, 0)
+    assert sum_slots(torch.zeros(6, 0), slots, torch.ones(6)).shape == (2, 0)
+    none = torch.empty(0, 3, dtype=torch.int64)
+    assert sum_slots(torch.zeros(0, 4), none).shape == (0, 4)
