@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from helpers_train import RaggedDataset
 
+from moe_builders.parallel import world as world_module
 from moe_builders.parallel.channel import Channel
 from moe_builders.parallel.heartbeat import LostProcess
 from moe_builders.parallel.launch import launch
@@ -130,6 +131,21 @@ def timeouts(minutes):
         cpu = torch.device("cpu")
         print([g._get_backend(cpu).options._timeout.total_seconds() for g in found])
     return 0
+
+
+def killed_at_a_meeting(rank, where):
+    """One process is killed as the others make a group of the store: a mesh's, or a thread's."""
+
+    def main(_):
+        own = os.environ["RANK"] == str(rank)
+        if own and where == "mesh":
+            world_module._meshes = lambda *_: meet("kill")
+        with open_world(device="cpu", dp_replicate=2, timeout_minutes=10.0) as world:
+            if own:
+                meet("kill")
+            world.new_gloo_group()
+
+    return launch(main, lambda: None)
 
 
 def alone_of_two(minutes):

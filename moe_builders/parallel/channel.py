@@ -24,11 +24,7 @@ class Channel:
 
     def __init__(self, world: World, *, own: bool) -> None:
         self.rank = world.rank
-        self.group: dist.ProcessGroup | None = None
-        if own:
-            group = dist.new_group(backend="gloo", timeout=world.timeout)
-            assert isinstance(group, dist.ProcessGroup), "it has all processes"
-            self.group = group
+        self.group = world.new_gloo_group() if own else None
 
     @property
     def is_first(self) -> bool:

@@ -2,7 +2,7 @@
 
 A collective that loses a partner tells of a closed connection, on all processes that are left and
 without a name. Each process therefore writes once a second who it is and what it is doing; nobody
-reads that before something has failed.
+reads that before something has failed, or a meeting in the store takes long.
 """
 
 import json
@@ -10,11 +10,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -24,8 +25,10 @@ from moe_builders.instantiate import first_line
 _BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 4.0  # a process that gave no sign for so long is gone
 _STORE_TIMEOUT = timedelta(seconds=20)
+_VERDICTS = 4  # one after the other until who is silent at a meeting counts as gone: half a minute
 _LEFT, _GAVE_UP = "left", "gave up"  # at its end; because of another one
 _GO_ON = "the others cannot go on without it: the same command goes on from the last checkpoint"
+_T = TypeVar("_T")
 
 
 class LostProcess(RuntimeError):
@@ -134,6 +137,39 @@ class Heartbeat:
         more = f"; and {len(gone) - 4} more" if len(gone) > 4 else ""
         return LostProcess(f"{whom}{more}; {_GO_ON}", to_say=self.rank == min(living, default=0))
 
+    def meet(self, act: Callable[[], _T]) -> _T:
+        """Do what waits for all processes in the store, such as making a group.
+
+        No connection there closes when a process is gone: it would be waited for until the
+        timeout of collectives. That one may be busy or held up for a while, so it has to be found
+        gone several times.
+
+        Args:
+            act: done on a thread of its own, which is left behind in it if a process is gone.
+
+        Returns:
+            What act gives; an error of act is raised.
+
+        Raises:
+            LostProcess: a process is gone.
+        """
+        done: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(act())
+            except BaseException as error:  # whoever waits gets it, whatever it is
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="meeting", daemon=True).start()
+        verdicts = 0
+        while not wait([done], timeout=self.silent_seconds).done:
+            lost = self.lost()
+            verdicts = 0 if lost is None else verdicts + 1
+            if lost is not None and verdicts == _VERDICTS:
+                raise lost
+        return done.result()
+
     def _signs(self) -> list[Sign | None]:
         keys = [_key(rank) for rank in range(self.size)]
         if self.store.has_extended_api() and self.store.check(keys):
@@ -169,8 +205,9 @@ def signs_of_life(rank: int, size: int) -> Iterator[Heartbeat]:
     try:
         yield heartbeat
     except BaseException as error:
-        lost = heartbeat.lost() if of_a_collective(error) else None
-        heartbeat.leave(_GAVE_UP if lost else _in_a_line(error))
+        known = isinstance(error, LostProcess)
+        lost = heartbeat.lost() if not known and of_a_collective(error) else None
+        heartbeat.leave(_GAVE_UP if known or lost else _in_a_line(error))
         if lost is not None:
             raise lost from error
         raise

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def new_gloo_group(self) -> dist.ProcessGroup:
+        """All processes once more, for a thread of its own; every process calls.
+
+        Raises:
+            LostProcess: one of them is gone.
+        """
+        make = partial(dist.new_group, backend="gloo", timeout=self.timeout)
+        group = make() if self.heartbeat is None else self.heartbeat.meet(make)
+        assert isinstance(group, dist.ProcessGroup), "it has all processes"
+        return group
+
     def doing(self, what: str) -> None:
         """Note what this process is at ("step 17"), for the others' message if it is lost."""
         if self.heartbeat is not None:
@@ -148,7 +160,10 @@ def open_world(
         ):
             if settings is not None and size > 1:
                 check_same_settings(settings)  # before anything whose shape depends on them
-            mesh, expert_mesh = _meshes(kind, shape, timeout)
+            make = partial(_meshes, kind, shape, timeout)
+            # not with NCCL, whose groups are made for the GPU of the thread that makes them
+            meet = None if heartbeat is None or kind == "cuda" else heartbeat.meet
+            mesh, expert_mesh = make() if meet is None else meet(make)
             yield World(rank, size, own_device, mesh, expert_mesh, heartbeat, timeout)
     except BaseException:
         # NCCL's farewell waits for processes that may be stuck; leaving without it lets this one

@@ -2,10 +2,11 @@
 
 import re
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
-from helpers_cluster import Fate, Job
+from helpers_cluster import Fate, Job, meet
 
 from moe_builders.parallel.heartbeat import Heartbeat, LostProcess
 from moe_builders.parallel.launch import launch
@@ -24,6 +25,8 @@ def jobs(tmp_path_factory):
     jobs["stopped"] = Job(2, "small_run", Fate(1, "stop"), 0.2, folder=folder)
     jobs["store"] = Job(3, "small_run", Fate(0, "kill"), folder=folder, own_store=True)
     jobs["timeouts"] = Job(2, "timeouts", 7.0, folder=folder)
+    for where in ("mesh", "channel"):
+        jobs[where] = Job(4, "killed_at_a_meeting", 1, where, folder=folder)
     jobs["alone"] = Job(2, "alone_of_two", 0.05, folder=folder)
     yield jobs
     for job in jobs.values():
@@ -77,6 +80,12 @@ def test_where_the_processes_met_may_be_what_is_gone(jobs):
     said = job.said(1) + job.said(2)
     assert "the process of rank 0 is gone: where the processes met (127.0.0.1:" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("where", ["mesh", "channel"])
+def test_a_process_that_is_killed_as_a_group_is_made(jobs, where):
+    assert jobs[where].codes(120) == [129, -9, 129, 129]  # the timeout is ten minutes
+    assert "rank 1 (host" in _sentence(jobs[where], 0)
 
 
 def test_nobody_says_anything_of_a_run_that_ends(jobs):
@@ -143,6 +152,36 @@ def test_who_left_early_is_said(pair):
 def test_a_process_that_never_came(pair):
     pair[0].size = 3
     assert str(pair[0].lost()).startswith("rank 2 never gave a sign of life; the others")
+
+
+def test_what_is_done_at_a_meeting_comes_back(pair):
+    assert pair[0].meet(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError, match="by hand"):
+        pair[0].meet(lambda: meet("raise"))
+
+
+def test_a_meeting_waits_for_who_is_slow_but_not_for_who_is_gone(pair):
+    pair[1]._ended.wait(0.1)
+    assert pair[0].meet(lambda: time.sleep(1.0) or "came") == "came"
+    pair[1]._ended.set()
+    for_ever = threading.Event()
+    with pytest.raises(LostProcess, match=r"rank 1 .* has stopped answering"):
+        pair[0].meet(for_ever.wait)
+    for_ever.set()
+
+
+def test_a_meeting_waits_for_who_was_held_up(pair):
+    """Gone for some of the verdicts, and there again."""
+    verdicts = ([LostProcess("gone")] * 3 + [None]) * 2
+    came = threading.Event()
+
+    def lost():
+        if verdicts:
+            return verdicts.pop(0)
+        return came.set()
+
+    pair[0].lost, pair[0].silent_seconds = lost, 0.01
+    assert pair[0].meet(lambda: came.wait(10)) is True
 
 
 @pytest.mark.parametrize(("to_say", "wanted"), [(True, "[rank 0] error: gone\n"), (False, "")])
