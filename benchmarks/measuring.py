@@ -171,6 +171,12 @@ def save(values: Any, path: Path) -> None:
     partial.replace(path)
 
 
+def leave_out(report: dict[str, Any], what: str) -> None:
+    """Note in a report, and say, what was not measured."""
+    report["skipped"].append(f"skipped: {what}")
+    print(report["skipped"][-1], flush=True)
+
+
 def _version_or_none(name: str) -> str | None:
     try:
         return version(name)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import ROOT, Deadline, circumstances, peak_bytes, save
+from measuring import ROOT, Deadline, circumstances, leave_out, peak_bytes, save
 from torch import Tensor
 
 sys.path.append(str(ROOT / "recipes"))
@@ -266,8 +266,7 @@ def main(argv: list[str] | None = None) -> None:
             except torch.OutOfMemoryError as error:
                 reason = f"out of memory: {str(error).splitlines()[0]}"
         if reason is not None:
-            report["skipped"].append(f"skipped: {name}: {reason}")
-            print(report["skipped"][-1], flush=True)
+            leave_out(report, f"{name}: {reason}")
         save(report, args.out)
     print(table(report["results"]))
     print(f"every number is in {args.out}")

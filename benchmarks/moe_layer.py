@@ -35,7 +35,7 @@ from layer_ways import (
     with_ids,
 )
 from limits import limit_seconds
-from measuring import Deadline, circumstances, peak_rates, save, saved_bytes, seconds_of
+from measuring import Deadline, circumstances, leave_out, peak_rates, save, saved_bytes, seconds_of
 
 from moe_builders.metrics import max_violation
 
@@ -288,14 +288,14 @@ def main(argv: list[str] | None = None) -> None:
     for case in cases_of(args):
         name, dtype = " ".join(str(part) for part in case), case[3]
         if deadline.left <= took.get(case[0], 0.0) and took:
-            _say(report, f"skipped: {name}: the {args.minutes:g} minutes are over")
+            leave_out(report, f"{name}: the {args.minutes:g} minutes are over")
             continue
         print(f"measuring {name}", flush=True)
         started = time.perf_counter()
         try:
             found = run_case(*case, args, rates[dtype], errors, deadline)
         except torch.OutOfMemoryError as error:
-            _say(report, f"skipped: {name}: out of memory: {_first_line(error)}")
+            leave_out(report, f"{name}: out of memory: {_first_line(error)}")
             continue
         finally:
             gc.collect()
@@ -303,17 +303,12 @@ def main(argv: list[str] | None = None) -> None:
                 torch.cuda.empty_cache()
         took[case[0]] = max(took.get(case[0], 0.0), time.perf_counter() - started)
         for way, reason in found["left_out"].items():
-            _say(report, f"skipped: {name} {way}: {reason}")
+            leave_out(report, f"{name} {way}: {reason}")
         report["results"].append(found)
         save(report, args.out)
     save(report, args.out)
     print(table(report["results"]))
     print(f"every timing is in {args.out}")
-
-
-def _say(report: dict[str, Any], line: str) -> None:
-    report["skipped"].append(line)
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

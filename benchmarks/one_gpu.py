@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import ROOT, Deadline, circumstances, save, seconds_of
+from measuring import ROOT, Deadline, circumstances, leave_out, save, seconds_of
 from torch import nn
 
 sys.path.append(str(ROOT / "recipes"))
@@ -369,18 +369,13 @@ def main(argv: list[str] | None = None) -> None:
                 })  # fmt: skip
             if not word.startswith("out of memory") or case.rows == 1:
                 break
-            _say(report, f"skipped: {case.name}: {word}; tried again with half the rows")
+            leave_out(report, f"{case.name}: {word}; tried again with half the rows")
             case = replace(case, rows=case.rows // 2)
         if word != "done":
-            _say(report, f"skipped: {case.name}, or the rest of it: {word}")
+            leave_out(report, f"{case.name}, or the rest of it: {word}")
         save(report, args.out)
     print(table(report["results"]))
     print(f"every step is in {args.out}")
-
-
-def _say(report: dict[str, Any], line: str) -> None:
-    report["skipped"].append(line)
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from measuring import (
     ROOT,
     Deadline,
     circumstances,
+    leave_out,
     peak_bytes,
     resident_bytes,
     save,
@@ -547,13 +548,9 @@ def main(argv: list[str] | None = None) -> None:
     report |= {"warmup": chosen.warmup, "results": [], "skipped": []}
     deadline, slowest, wrong = Deadline(chosen.minutes), 0.0, []
 
-    def skip(what: str) -> None:
-        report["skipped"].append(f"skipped: {what}")
-        print(report["skipped"][-1], flush=True)
-
     for shape in chosen.shapes:
         if deadline.left <= slowest and slowest:
-            skip(f"{shape}: too little is left of the {chosen.minutes:g} minutes")
+            leave_out(report, f"{shape}: too little is left of the {chosen.minutes:g} minutes")
             continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -564,24 +561,24 @@ def main(argv: list[str] | None = None) -> None:
                     case = Case(shape, dtype, way, folder, chosen.device, chosen.threads,
                                 chosen.rows, chosen.length)  # fmt: skip
                     if reason := why_not(case, chosen.gib):
-                        skip(f"{shape} {dtype} {way}: {reason}")
+                        leave_out(report, f"{shape} {dtype} {way}: {reason}")
                     else:
                         cases.append(case)
                 alone: dict[str, float] = {}
                 if chosen.device == "cuda":
-                    cases, alone = choose_theirs(cases, skip)
+                    cases, alone = choose_theirs(cases, partial(leave_out, report))
                 print(f"measuring {shape} {dtype}: {', '.join(c.way for c in cases)}", flush=True)
                 try:
                     found = measure(cases, chosen.warmup, chosen.repeats)
                     differs = check_equal_work(found, dtype)
                 except NoRoom as error:
-                    skip(f"{shape} {dtype}: {error}")
+                    leave_out(report, f"{shape} {dtype}: {error}")
                     continue
                 except SystemExit as error:
                     if chosen.device == "cpu":
                         raise
                     wrong.append(f"{shape} {dtype}: {error}")  # the other shapes can be measured
-                    skip(wrong[-1])
+                    leave_out(report, wrong[-1])
                     continue
                 what = SHAPES[shape][0] if shape in SHAPES else "{}, {} layers".format(
                     *PUBLIC[shape])  # fmt: skip

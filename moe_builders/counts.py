@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_builders.errors import InputError
-from moe_builders.ops.permute import expert_of_rows
+from moe_builders.ops.runs import expert_of_rows
 from moe_builders.routing import Routing
 
 Counted = Literal["assigned", "kept"]

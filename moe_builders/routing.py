@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from moe_builders.decisions import Decisions
-from moe_builders.ops.permute import expert_of_rows, sort_by_expert
+from moe_builders.ops.permute import sort_by_expert
+from moe_builders.ops.runs import expert_of_rows
 
 # a module named router inside a layer, at any depth: sharded, stored, decayed by rules of its own
 ROUTER_MODULE = re.compile(r"layers\.\d+\.(.+\.)?router")

@@ -14,11 +14,10 @@ from moe_builders.dispatch import Assigned
 from moe_builders.errors import InputError
 from moe_builders.experts.liger import find_liger, liger_experts
 from moe_builders.ops.activations import Activation, find_activation, is_named
-from moe_builders.ops.gathered_mm import live_rows
 from moe_builders.ops.grouped_mm import grouped_mm
-from moe_builders.ops.permute import expert_of_rows
 from moe_builders.ops.product_ways import BACKENDS as PRODUCTS
 from moe_builders.ops.routed_experts import ExpertWeights, routed_experts
+from moe_builders.ops.runs import members, values_of_rows
 
 BACKENDS = (*PRODUCTS, "liger")
 
@@ -188,36 +187,33 @@ class GroupedExperts(nn.Module):
         """[a, d] -> [a, d] for any activation, each step with autograd's gradient."""
         z = grouped_mm(x, weights.up, num_tokens_per_expert, backend=self.backend)  # [a, 2h]
         if weights.up_bias is not None:
-            z = z + self._own_rows(weights.up_bias, num_tokens_per_expert, z.shape[0])
+            z = z + _own_rows(weights.up_bias, num_tokens_per_expert, z.shape[0])
         hidden = self.activation.function(z)  # [a, h]
         if weights.hidden_scale is not None:
-            scale = self._own_rows(weights.hidden_scale, num_tokens_per_expert, hidden.shape[0])
+            scale = _own_rows(weights.hidden_scale, num_tokens_per_expert, hidden.shape[0])
             hidden = hidden * scale
         if row_weights is not None:
             hidden = hidden * row_weights[:, None].to(hidden.dtype)
         y = grouped_mm(hidden, weights.down, num_tokens_per_expert, backend=self.backend)  # [a, d]
         if weights.down_bias is not None:
-            bias = self._own_rows(weights.down_bias, num_tokens_per_expert, y.shape[0])
+            bias = _own_rows(weights.down_bias, num_tokens_per_expert, y.shape[0])
             y = y + (bias if row_weights is None else bias * row_weights[:, None].to(bias.dtype))
         return y
-
-    def _own_rows(self, values: Tensor, num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
-        """[e, o] -> [a, o]: each row's expert's, zero for dead rows.
-
-        With gradients a product with a 0/1 matrix, so that the gradient is a product too: summed
-        in a fixed order, without atomics. Without, the rows themselves.
-        """
-        if not torch.is_grad_enabled():
-            live, expert = live_rows(num_tokens_per_expert, num_rows)
-            return torch.where(live[:, None], values.index_select(0, expert), 0)
-        expert = expert_of_rows(num_tokens_per_expert, num_rows)  # [a]
-        numbers = torch.arange(values.shape[0], device=expert.device)
-        member = (expert[:, None] == numbers).to(values.dtype)  # [a, e]
-        return member @ values
 
 
 def _itself(parameter: Tensor) -> Tensor:
     return parameter
+
+
+def _own_rows(values: Tensor, num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
+    """[e, o] -> [a, o]: each row's expert's, zero for dead rows.
+
+    With gradients a product with a 0/1 matrix, whose gradient is a product too. Without, the rows
+    themselves.
+    """
+    if not torch.is_grad_enabled():
+        return values_of_rows(values, num_tokens_per_expert, num_rows)
+    return members(num_tokens_per_expert, num_rows, values.dtype).t() @ values
 
 
 def check_backend(experts: GroupedExperts) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe_builders.dispatch import Assigned
 from moe_builders.errors import InputError
-from moe_builders.ops.permute import expert_of_rows
 from moe_builders.ops.routed_experts import ExpertWeights
+from moe_builders.ops.runs import expert_of_rows
 
 _DEVICES = ("cuda",)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

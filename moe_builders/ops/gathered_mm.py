@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_builders.errors import InputError
-from moe_builders.ops.permute import expert_of_rows
+from moe_builders.ops.runs import live_rows
 
 MOST_ROWS = 32  # and not more than experts: never more copied than the layer holds
 _HOPPER = (9, 0)
@@ -32,13 +32,6 @@ def gathered_mm(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Ten
     own = weight.index_select(0, expert)  # [a, o, i]
     y = torch.bmm(own, x[:, :, None]).squeeze(-1)  # [a, o]
     return torch.where(live[:, None], y, 0)
-
-
-def live_rows(num_tokens_per_expert: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """[a] bool, whether a row belongs to an expert, and [a] int, which; e - 1 where to none."""
-    expert = expert_of_rows(num_tokens_per_expert, num_rows)  # [a]
-    last = num_tokens_per_expert.shape[0] - 1
-    return expert <= last, expert.clamp(max=last)
 
 
 def takes_gathered(backend: str, x: Tensor, weight: Tensor) -> bool:

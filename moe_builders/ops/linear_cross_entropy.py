@@ -1,4 +1,4 @@
-"""The output's product and its cross-entropy in one, a chunk of tokens at a time: no [t, v] logits.
+"""The output's product and its cross-entropy in one, a chunk of tokens at a time.
 
 Letters: t tokens · c tokens of a chunk · d dim · v vocabulary.
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_builders.ops.runs import expert_of_rows
+
 
 class _Places(NamedTuple):
     """Where rows stand: [e, c] int of padded ones, [e, c] bool whether they are some, [a] back."""
@@ -81,7 +83,7 @@ def _find_places(num_tokens_per_expert: Tensor, most: int, live: int) -> _Places
     numbers = torch.arange(most, device=ends.device)  # [c]
     there = numbers < num_tokens_per_expert[:, None]  # [e, c]
     row = torch.where(there, starts[:, None] + numbers, 0)  # [e, c] the first stands in
+    expert = expert_of_rows(num_tokens_per_expert, live)  # [live rows]
     rows = torch.arange(live, device=ends.device)
-    expert = torch.searchsorted(ends, rows, right=True)  # [live rows]
     back = expert * most + rows - starts.index_select(0, expert)
     return _Places(row, there, back)

@@ -79,13 +79,6 @@ def _sort(expert: Tensor, num_experts: int, live: Tensor | None) -> SortedAssign
     return SortedAssignments(order, order // k, ends.diff(), slot_of.view(t, k))
 
 
-def expert_of_rows(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
-    """[a] int, the expert of each sorted row; e (one past the last) for dead rows."""
-    ends = num_tokens_per_expert.cumsum(0)  # [e]
-    rows = torch.arange(num_rows, device=ends.device)
-    return torch.searchsorted(ends, rows, right=True)
-
-
 def gather_rows(x: Tensor, token_index: Tensor, slot_of: Tensor | None) -> Tensor:
     """Copy each assignment's token row: [t, d] -> [a, d]."""
     return _GatherRows.apply(x, token_index, slot_of)

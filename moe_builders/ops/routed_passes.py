@@ -17,14 +17,12 @@ are added in the order of its choices, an expert's by the grouped product.
 from collections.abc import Collection
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from moe_builders.ops.activations import Activation
-from moe_builders.ops.gathered_mm import live_rows
 from moe_builders.ops.grouped_mm import multiply_groups, multiply_transposed
 from moe_builders.ops.kernels import row_kernels
-from moe_builders.ops.permute import expert_of_rows
+from moe_builders.ops.runs import sum_experts, values_of_rows
 
 
 class Given(NamedTuple):
@@ -66,7 +64,7 @@ def forward_passes(given: Given, how: How) -> tuple[Tensor, Tensor]:
     if how.recompute_up:
         z = z.new_empty(0)
     if given.hidden_scale is not None:
-        hidden *= _of_expert(given.hidden_scale, counts, hidden.shape[0])
+        hidden *= values_of_rows(given.hidden_scale, counts, hidden.shape[0])
     y = multiply_groups(hidden, given.down, counts, how.backend)  # [a, d]
     del hidden
     if given.down_bias is not None:
@@ -98,13 +96,13 @@ def backward_passes(
     inner = multiply_groups(g, given.down.transpose(1, 2), counts, how.backend)  # [a, h]
     scale = None
     if given.hidden_scale is not None:
-        scale = _of_expert(given.hidden_scale, counts, inner.shape[0])  # [a, h]
+        scale = values_of_rows(given.hidden_scale, counts, inner.shape[0])  # [a, h]
     outer = inner if scale is None else inner * scale
     z_grad, hidden, weights_grad = ops.activate_backward(z, outer, how.activation, weights)
     del outer, z
     if scale is not None:
         if "hidden_scale" in wanted:
-            found["hidden_scale"] = _sum_experts(inner * hidden, counts)
+            found["hidden_scale"] = sum_experts(inner * hidden, counts)
         hidden *= scale
     del inner
     if "down" in wanted:
@@ -113,11 +111,11 @@ def backward_passes(
     if given.down_bias is not None:
         g = ops.zero_tail_(g.clone() if g is grad else g, counts.sum())
         if weights_grad is not None:
-            bias = _of_expert(given.down_bias, counts, g.shape[0])
+            bias = values_of_rows(given.down_bias, counts, g.shape[0])
             weights_grad += ops.row_products(g, bias)
         if "down_bias" in wanted:
             weighed = g if weights is None else ops.weigh_rows(g, weights)
-            found["down_bias"] = _sum_experts(weighed, counts)
+            found["down_bias"] = sum_experts(weighed, counts)
     del g
     if weights_grad is not None:
         for name, other in (
@@ -127,7 +125,7 @@ def backward_passes(
 
     # through the up projection
     if "up_bias" in wanted:
-        found["up_bias"] = _sum_experts(z_grad, counts)
+        found["up_bias"] = sum_experts(z_grad, counts)
     if "up" in wanted:
         rows = _rows(given, how) if rows is None else rows
         found["up"] = multiply_transposed(z_grad, rows, counts, how.backend)
@@ -167,23 +165,6 @@ def _pre_activation(rows: Tensor, given: Given, how: How) -> Tensor:
     if given.up_bias is not None:
         ops.add_expert_rows_(z, given.up_bias, counts)
     return z
-
-
-def _of_expert(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
-    """[e, o] -> [a, o]: each row's expert's, zero for dead rows."""
-    live, expert = live_rows(counts, num_rows)
-    return torch.where(live[:, None], values.index_select(0, expert), 0)
-
-
-def _sum_experts(rows: Tensor, counts: Tensor) -> Tensor:
-    """[a, o] -> [e, o]: the sum of each expert's rows; dead ones are finite.
-
-    A product with a 0/1 matrix: summed in a fixed order, without atomics.
-    """
-    expert = expert_of_rows(counts, rows.shape[0])  # [a]
-    numbers = torch.arange(counts.shape[0], device=expert.device)
-    member = (numbers[:, None] == expert).to(rows.dtype)  # [e, a]
-    return member @ rows
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_builders.ops.activations import Activation
+from moe_builders.ops.runs import live_rows
 
 # what several passes find in a CPU's cache: numbers of a block, tokens whose rows are added up
 _BLOCK, _TOKENS = 1 << 17, 64
@@ -63,7 +64,7 @@ def _sum_bags(rows: Tensor, slot_of: Tensor, weights: Tensor | None) -> Tensor:
     """``sum_slots`` in one pass: a token's rows are a bag of embeddings, summed in its order."""
     if slot_of.numel() == 0 or rows.numel() == 0:  # which torch's bags refuse
         return rows.new_zeros(slot_of.shape[0], rows.shape[1])
-    if weights is None:  # half precision is summed in fp32
+    if weights is None:  # summed in fp32; ties of bf16 are rounded away from zero
         return F.embedding_bag(slot_of, rows, mode="sum")
     wide = torch.promote_types(rows.dtype, torch.float32)
     weights = weights.to(wide)
@@ -168,17 +169,13 @@ def add_expert_rows_(
         weights: [a] or None for 1.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
-    ends = num_tokens_per_expert.cumsum(0)  # [e]
-    places = torch.arange(rows.shape[0], device=rows.device)
-    expert = torch.searchsorted(ends, places, right=True)  # [a]
-    dead = expert == values.shape[0]  # past the last one's end
-    expert.masked_fill_(dead, 0)
+    live, expert = live_rows(num_tokens_per_expert, rows.shape[0])  # [a]
     for block in _blocks(rows):
         own = rows[block].to(wide)
         more = values.index_select(0, expert[block]).to(wide)
         if weights is not None:
             more = more * weights[block, None].to(wide)
-        rows[block] = own + more.masked_fill_(dead[block, None], 0)
+        rows[block] = own + more.masked_fill_(~live[block, None], 0)
     return rows
 
 

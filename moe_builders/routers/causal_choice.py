@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_builders.ops.permute import expert_of_rows
+from moe_builders.ops.runs import expert_of_rows
 from moe_builders.routing import Routing, TokenInfo, route_by_choice
 
 

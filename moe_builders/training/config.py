@@ -144,7 +144,7 @@ class RecipeConfig:
     enable_activation_checkpointing: bool = False
     ac_mode: str = one_of("full", "selective")  # selective: experts are not recomputed
     enable_activation_offloading: bool = False  # what is kept of them on the host; GPU only
-    # chunked: without whole logits | torch, liger: by theirs | none: from whole logits
+    # chunked: some tokens at a time | torch, liger: by theirs | none: from whole logits
     linear_cross_entropy: str = one_of(*WAYS)
     # auto: grouped where it fits, else loop | bmm: padded rows | liger: its kernels; GPU only
     expert_backend: str = one_of("auto", "grouped", "loop", "bmm", "liger")

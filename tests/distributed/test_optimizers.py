@@ -104,7 +104,10 @@ def test_in_backward_every_bit_is_the_plain_runs(answers, size, name):
 def test_fused_is_adamw(answers, size, model):
     plain, fused = answers[f"{size}/{model}adamw/plain"], answers[f"{size}/{model}fused/plain"]
     for name, weight in plain["after"].items():
-        assert _relative(fused["after"][name], weight) <= 3e-6, name
+        change = (fused["after"][name] - weight).norm() / (weight - plain["before"][name]).norm()
+        assert change <= 3e-6, name  # of what was learnt; the weights' own last bits are half of it
+        # one element whose gradient is nearly 0 may go further: AdamW divides by its size
+        assert _relative(fused["after"][name], weight) <= 2e-6, name
 
 
 def test_shards_that_do_not_fit_are_fp32_on_every_process(answers):
