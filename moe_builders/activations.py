@@ -8,7 +8,9 @@ Counted is what autograd saves in the fused ways that GPUs take; numbers of size
 Experts are taken to be equally loaded.
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from moe_builders.errors import InputError
 from moe_builders.flops import experts_per_token
 from moe_builders.moe import MoE, moe_layers
 from moe_builders.ops.linear_cross_entropy import working_bytes
+from moe_builders.ops.routed_blocks import rows_of_block, takes_blocks
 
 _INT = 8  # bytes
 
@@ -34,7 +37,8 @@ class Activations:
         recomputed: of one layer (ac_mode "selective": of one half of it), made again in backward;
             0 without activation checkpointing.
         working: temporaries of a layer's backward, beside what it kept, at their worst.
-        rows: those of them that are there while the weights' gradients are made.
+        rows: those of them that are there while the weights' gradients are made (on a CPU that is
+            all the while).
         logits: at their worst. Whole ones in backward: log-probabilities, their gradient and the
             logits', in fp32 or wider; else a chunk of them beside the gradients of the output
             (torch's and Liger's ways are taken to need what our own does).
@@ -84,6 +88,7 @@ def count_activations(
     size = compute_dtype.itemsize
     wide = torch.promote_types(compute_dtype, torch.float32).itemsize
     dim = model.tok_embeddings.embedding_dim
+    working = partial(_working, num_tokens=num_tokens, size=size, on_cpu=not fused_norms)
     layers = [
         layer_bytes(
             layer, mask_len=mask_len, compute_dtype=compute_dtype, ep=ep, fused_norms=fused_norms
@@ -111,8 +116,8 @@ def count_activations(
         kept=num_tokens * (kept + ends),
         layer=num_tokens * max(layers),
         recomputed=num_tokens * recomputed,
-        working=num_tokens * max(_working(layer.mlp, size, hidden=2) for layer in model.layers),
-        rows=num_tokens * max(_working(layer.mlp, size, hidden=0) for layer in model.layers),
+        working=max(working(layer.mlp, hidden=2) for layer in model.layers),
+        rows=max(working(layer.mlp, hidden=0) for layer in model.layers),
         logits=_logits(model, num_tokens, compute_dtype, on_cpu=not fused_norms),
         moving=num_tokens * max(moving, default=0),
     )
@@ -224,18 +229,25 @@ def _experts(experts: Any, *, apart: bool) -> int:
     return 2 * experts.dim + 2 * width
 
 
-def _working(mlp: Any, size: int, *, hidden: int) -> int:
-    """Bytes per token that a network's backward has beside what was kept.
+def _working(mlp: Any, num_tokens: int, size: int, *, hidden: int, on_cpu: bool) -> int:
+    """Bytes that a network's backward has beside what was kept.
 
     The answers' gradient (later the rows once more) and the pre-activation's, and as many times
-    the hidden rows as ``hidden`` says: these and their gradient, at the worst.
+    the hidden rows as ``hidden`` says: these and their gradient, at the worst. On a CPU those of a
+    block of experts alone, and all rows' gradient.
     """
     if not isinstance(mlp, MoE):
         return 0
     experts: Any = mlp.experts
     width = (2 if experts.activation.gated else 1) * experts.hidden_dim
-    numbers = experts.dim + width + hidden * experts.hidden_dim
-    return round(experts_per_token(mlp.router) * numbers * size)
+    rows = num_tokens * experts_per_token(mlp.router)
+    if on_cpu and getattr(experts, "takes_tokens", False) and takes_blocks(experts.backend):
+        own = rows / experts.num_experts
+        block = own * math.ceil(rows_of_block(size) / own)
+        if block < rows:
+            one = experts.dim + width + 2 * experts.hidden_dim
+            return round((rows * experts.dim + block * one) * size)
+    return round(rows * (experts.dim + width + hidden * experts.hidden_dim) * size)
 
 
 def _dense(mlp: Any) -> int:

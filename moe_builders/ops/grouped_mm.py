@@ -17,6 +17,8 @@ Rows past the last expert's run belong to nobody: they are zero in the output an
 gradient, whatever the input holds there (NaN included).
 """
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,25 +78,41 @@ def check_products(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, bac
 
 
 def multiply_groups(
-    x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str
+    x: Tensor,
+    weight: Tensor,
+    num_tokens_per_expert: Tensor,
+    backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``grouped_mm`` without gradients, for operators that have their own: [a, i] -> [a, o]."""
+    """``grouped_mm`` without gradients, for operators that have their own: [a, i] -> [a, o].
+
+    Args:
+        x, weight, num_tokens_per_expert, backend: of ``grouped_mm``.
+        out: [a, o] to write into, which only loops over experts do without a copy; None: new.
+    """
     way = way_of_groups(backend, x, weight).name
+    if way not in ("rounded", "loop"):
+        y = _multiply_at_once(x, weight, num_tokens_per_expert, way)
+        return y if out is None else out.copy_(y)
+    y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out  # [a, o]
+    runs = _runs(num_tokens_per_expert)
+    if way == "rounded":
+        return rounded_mm(x, weight, runs, y)
+    for expert, (start, end) in enumerate(runs):
+        torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
+    y[runs[-1][1] :] = 0
+    return y
+
+
+def _multiply_at_once(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, way: str) -> Tensor:
     if way == "gather":
         return gathered_mm(x, weight, num_tokens_per_expert)
     if way == "bmm":
         return padded_mm(x, weight, num_tokens_per_expert)
     offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e] end of each run
-    if way == "rounded":
-        return rounded_mm(x, weight, _runs(offsets))
-    if way == "grouped":
-        y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [a, o]
-        y = row_kernels(y).zero_tail_(y, offsets[-1])  # the kernel leaves garbage there
-        return y.contiguous()  # CUDA pads odd rows to 16 bytes; the fake promises dense ones
-    y = x.new_zeros(x.shape[0], weight.shape[1])  # [a, o]
-    for expert, (start, end) in enumerate(_runs(offsets)):
-        torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
-    return y
+    y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [a, o]
+    y = row_kernels(y).zero_tail_(y, offsets[-1])  # the kernel leaves garbage there
+    return y.contiguous()  # CUDA pads odd rows to 16 bytes; the fake promises dense ones
 
 
 @torch.library.custom_op("moe_builders::grouped_mm", mutates_args=())
@@ -108,19 +126,33 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, backend: str) ->
 
 
 def multiply_transposed(
-    grad: Tensor, x: Tensor, num_tokens_per_expert: Tensor, backend: str
+    grad: Tensor,
+    x: Tensor,
+    num_tokens_per_expert: Tensor,
+    backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Each expert's Σ over its rows of grad ⊗ x: [a, o], [a, i] -> [e, o, i]; zero if idle."""
+    """Each expert's Σ over its rows of grad ⊗ x: [a, o], [a, i] -> [e, o, i]; zero if idle.
+
+    Args:
+        grad, x, num_tokens_per_expert, backend: of the product whose weight's gradient it is.
+        out: [e, o, i], as in ``multiply_groups``.
+    """
     way = way_of_transposed(backend, grad, x).name
-    if way == "bmm":
-        return padded_weight_grad(grad, x, num_tokens_per_expert)
-    offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+    if way not in ("rounded", "loop"):
+        if way == "bmm":
+            made = padded_weight_grad(grad, x, num_tokens_per_expert)
+        else:
+            offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+            made = F.grouped_mm(grad.t(), x, offs=offsets).contiguous()
+        return made if out is None else out.copy_(made)
+    runs = _runs(num_tokens_per_expert)
+    weight_grad = out
+    if weight_grad is None:
+        weight_grad = x.new_empty(len(runs), grad.shape[1], x.shape[1])  # [e, o, i]
     if way == "rounded":
-        return rounded_weight_grad(grad, x, _runs(offsets))
-    if way == "grouped":
-        return F.grouped_mm(grad.t(), x, offs=offsets).contiguous()  # [e, o, i]
-    weight_grad = x.new_zeros(offsets.shape[0], grad.shape[1], x.shape[1])  # [e, o, i]
-    for expert, (start, end) in enumerate(_runs(offsets)):
+        return rounded_weight_grad(grad, x, runs, weight_grad)
+    for expert, (start, end) in enumerate(runs):
         torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
     return weight_grad
 
@@ -168,7 +200,7 @@ def _weight_grad_flops(grad_shape, x_shape, *_, out_shape=None) -> int:
     return 2 * x_shape[0] * grad_shape[1] * x_shape[1]
 
 
-def _runs(offsets: Tensor) -> list[tuple[int, int]]:
+def _runs(num_tokens_per_expert: Tensor) -> list[tuple[int, int]]:
     """(start, end) of each expert's rows; reads the counts on the host."""
-    ends = offsets.tolist()
+    ends = list(accumulate(num_tokens_per_expert.tolist()))
     return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -28,6 +28,7 @@ class Way(NamedTuple):
 
 
 _NO_ROWS = Way("loop", "there are no rows")
+_ONE_BY_ONE = Way("loop", "a CPU multiplies one expert after the other")
 _FITS = Way("grouped", "it takes dtype and strides")
 _ROUNDED = Way("rounded", "a CPU computes half precision fastest in few shapes")
 _ASKED = {name: Way(name, f"the back end is {name}") for name in BACKENDS[1:]}
@@ -62,8 +63,8 @@ def _find_way(backend: str, first: Tensor, second: Tensor, device: torch.device 
         return _ASKED[backend]
     if first.numel() == 0:
         return _NO_ROWS
-    if backend == "auto" and takes_rounded(first.dtype, device or first.device):
-        return _ROUNDED
+    if backend == "auto" and (device or first.device).type == "cpu":
+        return _ROUNDED if takes_rounded(first.dtype) else _ONE_BY_ONE
     reason = _unfit(first, second)
     if backend == "grouped":
         if reason is not None:

@@ -15,9 +15,9 @@ from torch import Tensor
 _LEAST = 32  # rows
 
 
-def takes_rounded(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether rounding is what helps: half precision on a CPU."""
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+def takes_rounded(dtype: torch.dtype) -> bool:
+    """Whether rounding is what helps on a CPU: half precision."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def rounded(rows: int) -> int:
@@ -26,18 +26,18 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def rounded_mm(x: Tensor, weight: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+def rounded_mm(x: Tensor, weight: Tensor, runs: list[tuple[int, int]], y: Tensor) -> Tensor:
     """y[r] = weight[expert of r] @ x[r]; zero past the last run.
 
     Args:
         x: [a, i].
         weight: [e, o, i], any strides.
         runs: (start, end) of each expert's rows, ascending and without gaps.
+        y: [a, o] to write into.
 
     Returns:
-        [a, o].
+        y.
     """
-    y = x.new_empty(x.shape[0], weight.shape[1])  # [a, o]
     for expert, (start, end) in enumerate(runs):
         size = rounded(end - start)
         if start + size <= x.shape[0]:
@@ -51,18 +51,20 @@ def rounded_mm(x: Tensor, weight: Tensor, runs: list[tuple[int, int]]) -> Tensor
     return y
 
 
-def rounded_weight_grad(grad: Tensor, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+def rounded_weight_grad(
+    grad: Tensor, x: Tensor, runs: list[tuple[int, int]], result: Tensor
+) -> Tensor:
     """dW[j] = Σ over rows r of expert j of grad[r] ⊗ x[r]; zero for one without rows.
 
     Args:
         grad: [a, o].
         x: [a, i].
         runs: as in ``rounded_mm``.
+        result: [e, o, i] to write into.
 
     Returns:
-        [e, o, i].
+        result.
     """
-    result = x.new_empty(len(runs), grad.shape[1], x.shape[1])  # [e, o, i]
     for expert, (start, end) in enumerate(runs):
         if start == end:
             result[expert] = 0

@@ -22,6 +22,7 @@ from moe_builders.ops.activations import Activation, made_with
 from moe_builders.ops.gathered_mm import takes_gathered
 from moe_builders.ops.grouped_mm import check_products
 from moe_builders.ops.kernels import Kernels
+from moe_builders.ops.routed_blocks import backward_blocks, find_blocks, forward_blocks
 from moe_builders.ops.routed_passes import LEARNING, Given, How, backward_passes, forward_passes
 
 
@@ -108,7 +109,9 @@ _SIGNATURE = (
     "moe_builders::routed_experts", mutates_args=(), schema=_SIGNATURE + ") -> (Tensor, Tensor)"
 )
 def _routed_experts(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return forward_passes(*_parts(arguments))
+    given, how = _parts(arguments)
+    blocks = find_blocks(given, how)
+    return forward_blocks(given, how, blocks) if blocks else forward_passes(given, how)
 
 
 @_routed_experts.register_fake
@@ -128,7 +131,11 @@ def _routed_experts_backward(*arguments: Any) -> list[Tensor]:
     """The wanted gradients, in the order in which they are wanted."""
     *passed, grad, z, wanted = arguments
     given, how = _parts(passed)
-    found = backward_passes(grad, z, given, how, wanted)
+    blocks = find_blocks(given, how)
+    if blocks:
+        found = backward_blocks(grad, z, given, how, wanted, blocks)
+    else:
+        found = backward_passes(grad, z, given, how, wanted)
     # sums are wide; a compiled graph takes what it was promised for what it gets
     return [found[name].to(getattr(given, name).dtype) for name in wanted]
 

@@ -14,7 +14,7 @@ activated row (which down's gradient needs), for ∂/∂s. Nothing is added by a
 are added in the order of its choices, an expert's by the grouped product.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,18 +58,31 @@ LEARNING = ("x", "up", "down", "up_bias", "down_bias", "hidden_scale", "input_we
 
 def forward_passes(given: Given, how: How) -> tuple[Tensor, Tensor]:
     """The answer [t, d] ([a, d] where x are rows), and z [a, w], or an empty tensor for it."""
+    y, z = forward_rows(given, how)
+    return add_home(y, given, given.output_weights, how), z
+
+
+def forward_rows(
+    given: Given, how: How, y: Tensor | None = None, z: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each row's answer [a, d], and z [a, w], or an empty tensor for it.
+
+    Args:
+        given, how: of ``forward_passes``.
+        y, z: where to write them; None: in new memory.
+    """
     ops, counts = row_kernels(given.x, how.kernels), given.num_tokens_per_expert
-    z = _pre_activation(_rows(given, how), given, how)
+    z = _pre_activation(_rows(given, how), given, how, z)
     hidden = ops.activate(z, how.activation, given.row_weights)  # [a, h]
     if how.recompute_up:
         z = z.new_empty(0)
     if given.hidden_scale is not None:
         hidden *= values_of_rows(given.hidden_scale, counts, hidden.shape[0])
-    y = multiply_groups(hidden, given.down, counts, how.backend)  # [a, d]
+    y = multiply_groups(hidden, given.down, counts, how.backend, y)  # [a, d]
     del hidden
     if given.down_bias is not None:
         ops.add_expert_rows_(y, given.down_bias, counts, given.row_weights)
-    return _home(y, given, given.output_weights, how), z
+    return y, z
 
 
 def backward_passes(
@@ -83,6 +96,28 @@ def backward_passes(
         given, how: as there.
         wanted: names.
     """
+    found = backward_rows(grad, z, given, how, wanted)
+    if "x" in found:
+        found["x"] = add_home(found["x"], given, given.input_weights, how)
+    return found
+
+
+def backward_rows(
+    grad: Tensor,
+    z: Tensor,
+    given: Given,
+    how: How,
+    wanted: Collection[str],
+    out: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``backward_passes``, but for x: in place of its gradient that of its rows, [a, d].
+
+    Args:
+        grad, z, given, how, wanted: as there.
+        out: where to write the gradients of up, down and x's rows; those that are missing: in new
+            memory.
+    """
+    out = {} if out is None else out
     ops, counts = row_kernels(given.x, how.kernels), given.num_tokens_per_expert
     found: dict[str, Tensor] = {}
     rows = None  # [a, d] the experts' inputs, copied again where they are needed
@@ -106,7 +141,7 @@ def backward_passes(
         hidden *= scale
     del inner
     if "down" in wanted:
-        found["down"] = multiply_transposed(g, hidden, counts, how.backend)
+        found["down"] = multiply_transposed(g, hidden, counts, how.backend, out.get("down"))
     del hidden
     if given.down_bias is not None:
         g = ops.zero_tail_(g.clone() if g is grad else g, counts.sum())
@@ -128,15 +163,16 @@ def backward_passes(
         found["up_bias"] = sum_experts(z_grad, counts)
     if "up" in wanted:
         rows = _rows(given, how) if rows is None else rows
-        found["up"] = multiply_transposed(z_grad, rows, counts, how.backend)
+        found["up"] = multiply_transposed(z_grad, rows, counts, how.backend, out.get("up"))
     del rows
     if "x" in wanted or "input_weights" in wanted:
-        rows_grad = multiply_groups(z_grad, given.up.transpose(1, 2), counts, how.backend)
+        up = given.up.transpose(1, 2)
+        rows_grad = multiply_groups(z_grad, up, counts, how.backend, out.get("x"))
         if "input_weights" in wanted and given.token_index is not None:
             products = ops.row_products(rows_grad, ops.take_rows(given.x, given.token_index))
             found["input_weights"] = ops.zero_tail_(products, counts.sum())
         del z_grad
-        found["x"] = _home(rows_grad, given, given.input_weights, how)
+        found["x"] = rows_grad
     return found
 
 
@@ -148,7 +184,7 @@ def _rows(given: Given, how: How) -> Tensor:
     return ops.take_rows(given.x, given.token_index, given.input_weights)
 
 
-def _home(rows: Tensor, given: Given, weights: Tensor | None, how: How) -> Tensor:
+def add_home(rows: Tensor, given: Given, weights: Tensor | None, how: How) -> Tensor:
     """Rows [a, d] added up to tokens [t, d]; as they are where x are rows."""
     ops = row_kernels(given.x, how.kernels)
     if given.token_index is None:
@@ -158,10 +194,10 @@ def _home(rows: Tensor, given: Given, weights: Tensor | None, how: How) -> Tenso
     return ops.sum_slots(rows, given.slot_of, weights)
 
 
-def _pre_activation(rows: Tensor, given: Given, how: How) -> Tensor:
+def _pre_activation(rows: Tensor, given: Given, how: How, z: Tensor | None = None) -> Tensor:
     """z: [a, d] -> [a, w], zero in dead rows."""
     ops, counts = row_kernels(given.x, how.kernels), given.num_tokens_per_expert
-    z = multiply_groups(rows, given.up, counts, how.backend)  # [a, w]
+    z = multiply_groups(rows, given.up, counts, how.backend, z)  # [a, w]
     if given.up_bias is not None:
         ops.add_expert_rows_(z, given.up_bias, counts)
     return z

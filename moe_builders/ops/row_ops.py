@@ -119,9 +119,10 @@ def activate(z: Tensor, activation: Activation, weights: Tensor | None = None) -
     hidden = z.new_empty(z.shape[0], _hidden_dim(z, activation))  # [a, h]
     for block in _blocks(z):
         answer = activation.function(z[block].to(wide))
-        if weights is not None:
-            answer = answer * weights[block, None].to(wide)
-        hidden[block] = answer
+        if weights is None:
+            hidden[block] = answer
+        else:
+            torch.mul(answer, weights[block, None].to(wide), out=hidden[block])
     return hidden
 
 
@@ -140,21 +141,31 @@ def activate_backward(
         Gradient of z like z; [a, h] the answer, weights and all, in z.dtype; [a] the gradient of
         the weights in fp32 or wider, or None without weights.
     """
-    assert activation.gradient is not None
     wide = torch.promote_types(z.dtype, torch.float32)
     z_grad = torch.empty_like(z)  # [a, 2h]
     hidden = z.new_empty(grad.shape)  # [a, h]
     weights_grad = None if weights is None else z.new_empty(z.shape[0], dtype=wide)  # [a]
     for block in _blocks(z):
         inner, outer = z[block].to(wide), grad[block].to(wide)
-        answer = activation.function(inner)
-        if weights is not None and weights_grad is not None:
-            weight = weights[block, None].to(wide)
-            weights_grad[block] = (outer * answer).sum(-1)
-            answer, outer = answer * weight, outer * weight
-        hidden[block] = answer
-        z_grad[block] = activation.gradient(inner, outer)
+        weight = None if weights is None else weights[block, None].to(wide)
+        answer = _both(
+            activation, inner, outer if weight is None else outer * weight, z_grad[block]
+        )
+        if weight is not None and weights_grad is not None:
+            torch.sum(outer * answer, -1, out=weights_grad[block])
+            torch.mul(answer, weight, out=hidden[block])
+        else:
+            hidden[block] = answer
     return z_grad, hidden, weights_grad
+
+
+def _both(activation: Activation, z: Tensor, grad: Tensor, z_grad: Tensor) -> Tensor:
+    """The answer; the gradient is written into z_grad, whatever its precision."""
+    assert activation.gradient is not None
+    if activation.both is not None:
+        return activation.both(z, grad, z_grad)
+    z_grad.copy_(activation.gradient(z, grad))
+    return activation.function(z)
 
 
 def add_expert_rows_(

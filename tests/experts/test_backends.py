@@ -131,7 +131,6 @@ def test_halves_on_a_gpu_need_sizes_that_a_cpu_does_not(monkeypatch):
         (GPU, torch.bfloat16, (9, 0), "one kernel on this GPU"),
         (GPU, torch.bfloat16, (8, 0), "on this GPU a loop inside torch that waits for the counts"),
         (GPU, torch.float32, (9, 0), "on this GPU a loop inside torch that waits for the counts"),
-        (CPU, torch.float32, None, "on a CPU a loop inside torch"),
     ],
 )
 def test_what_torchs_product_is_there(monkeypatch, device, dtype, capability, told):
@@ -140,7 +139,21 @@ def test_what_torchs_product_is_there(monkeypatch, device, dtype, capability, to
     assert line.startswith(
         f"experts' products: torch's grouped product (it takes dtype and strides; {told});"
     )
-    assert ("rows by plain torch (there is no GPU)" in line) == (device == CPU)
+    assert "there is no GPU" not in line
+
+
+def test_what_a_cpu_does():
+    experts = experts_of(16, 24)
+    assert describe_backend(experts, device=CPU, dtype=torch.float32) == (
+        "experts' products: a loop over experts (a CPU multiplies one expert after the other); "
+        "rows by plain torch (there is no GPU)"
+    )
+    assert describe_backend(
+        experts_of(16, 24, backend="grouped"), device=CPU, dtype=torch.float32
+    ).startswith(
+        "experts' products: torch's grouped product (the back end is grouped; on a CPU a loop "
+        "inside torch); rows"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,7 @@ def test_experts_that_are_told_otherwise():
     networks = ExpertList([nn.Linear(4, 4), nn.Linear(4, 4)])
     assert describe_backend(networks, **on) == "experts compute as their class ExpertList does"
     with torch.device("meta"):
-        assert "grouped product" in describe_backend(experts_of(), **on)
+        assert "a loop over experts" in describe_backend(experts_of(), **on)
     with pytest.raises(InputError, match=r"multiple of 16 bytes, got torch\.float64"):
         describe_backend(experts_of(backend="grouped"), device=CPU, dtype=torch.float64)
 

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from helpers import assert_near
 
 from moe_builders.errors import InputError
-from moe_builders.ops.grouped_mm import _grouped_mm, _grouped_mm_weight_grad, grouped_mm
+from moe_builders.ops.grouped_mm import (
+    _grouped_mm,
+    _grouped_mm_weight_grad,
+    grouped_mm,
+    multiply_groups,
+    multiply_transposed,
+)
+from moe_builders.ops.product_ways import way_of_groups, way_of_transposed
 
 CASES = {  # rows of each expert, dead rows at the end
     "ragged": ([3, 1, 5, 2], 0),
@@ -107,27 +114,42 @@ def test_a_transposed_view_is_used_as_it_is(backend):
     assert_near(base.grad.transpose(1, 2), wanted[2], 1e-6)
 
 
-def test_auto_takes_the_kernel_where_it_fits_and_the_loop_elsewhere(monkeypatch):
-    calls, kernel = [], F.grouped_mm
-    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+def ways(dtype, i, o, device):
+    """Of y and of the gradients of x and weight."""
+    x, weight, grad, _, _ = inputs(*CASES["dead rows"], dtype=dtype, i=i, o=o)
+    return [
+        way_of_groups("auto", x, weight, device=device).name,
+        way_of_groups("auto", grad, weight.transpose(1, 2), device=device).name,
+        way_of_transposed("auto", grad, x, device=device).name,
+    ]
 
-    def kernels_used(dtype, i, o):
-        calls.clear()
-        x, weight, grad, counts, _ = inputs(*CASES["dead rows"], dtype=dtype, i=i, o=o)
-        y, x_grad, weight_grad = forward_backward(x, weight, counts, grad, "auto")
-        used = len(calls)
-        y2, x_grad2, weight_grad2 = forward_backward(x, weight, counts, grad, "loop")
-        limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        for got, want in ((y, y2), (x_grad, x_grad2), (weight_grad, weight_grad2)):
-            assert_near(got, want, limit)
-        return used
 
-    assert kernels_used(torch.float32, 8, 12) == 3  # y, x.grad, weight.grad
-    assert kernels_used(torch.bfloat16, 8, 16) == 0  # ops.rounded_mm
-    assert kernels_used(torch.float64, 8, 12) == 0
-    assert kernels_used(torch.float32, 7, 5) == 0
-    assert kernels_used(torch.bfloat16, 4, 12) == 0  # 8 and 24 bytes
-    assert kernels_used(torch.float32, 8, 5) == 1  # only y: its input's rows are aligned
+def test_auto_takes_the_kernel_where_it_fits_and_the_loop_elsewhere():
+    gpu = torch.device("cuda")
+    assert ways(torch.float32, 8, 12, gpu) == ["grouped"] * 3
+    assert ways(torch.bfloat16, 8, 16, gpu) == ["grouped"] * 3
+    assert ways(torch.float64, 8, 12, gpu) == ["loop"] * 3
+    assert ways(torch.float32, 7, 5, gpu) == ["loop"] * 3
+    assert ways(torch.bfloat16, 4, 12, gpu) == ["loop"] * 3  # 8 and 24 bytes
+    assert ways(torch.float32, 8, 5, gpu) == ["grouped", "loop", "loop"]  # x' rows are aligned
+
+
+def test_a_cpu_goes_expert_by_expert():
+    cpu = torch.device("cpu")
+    assert ways(torch.float32, 8, 12, cpu) == ["loop"] * 3
+    assert ways(torch.float64, 7, 5, cpu) == ["loop"] * 3
+    assert ways(torch.bfloat16, 8, 16, cpu) == ["rounded"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "grouped", "loop", "bmm"])
+def test_products_are_written_where_they_are_told_to(backend, dtype):
+    x, weight, grad, counts, _ = inputs(*CASES["dead rows"], dtype=dtype, i=8, o=16)
+    room, room_grad = torch.full_like(grad, torch.nan), torch.full_like(weight, torch.nan)
+    assert multiply_groups(x, weight, counts, backend, room) is room
+    assert multiply_transposed(grad, x, counts, backend, room_grad) is room_grad
+    assert torch.equal(room, multiply_groups(x, weight, counts, backend))
+    assert torch.equal(room_grad, multiply_transposed(grad, x, counts, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

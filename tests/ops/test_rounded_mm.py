@@ -5,7 +5,8 @@ import torch
 from helpers import assert_near
 
 from moe_builders.ops.grouped_mm import grouped_mm
-from moe_builders.ops.rounded_mm import rounded, takes_rounded
+from moe_builders.ops.product_ways import way_of_groups
+from moe_builders.ops.rounded_mm import rounded
 
 HALVES = [torch.bfloat16, torch.float16]
 CASES = {  # rows of each expert, dead rows at the end
@@ -87,8 +88,8 @@ def test_rounding_by_hand():
 
 
 def test_only_half_precision_on_a_cpu_is_rounded():
-    for dtype in HALVES:
-        assert takes_rounded(dtype, torch.device("cpu"))
-        assert not takes_rounded(dtype, torch.device("meta"))
-    for dtype in (torch.float32, torch.float64):
-        assert not takes_rounded(dtype, torch.device("cpu"))
+    x, weight = torch.ones(4, 8), torch.ones(2, 16, 8)
+    for dtype in (*HALVES, torch.float32, torch.float64):
+        for device in ("cpu", "meta", "cuda"):
+            way = way_of_groups("auto", x.to(dtype), weight.to(dtype), device=torch.device(device))
+            assert (way.name == "rounded") == (dtype in HALVES and device == "cpu")

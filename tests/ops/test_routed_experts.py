@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_builders.dispatch import Assigned, dispatch_locally
 from moe_builders.experts import GroupedExperts
+from moe_builders.ops import routed_blocks
 from moe_builders.ops.activations import (
     ACTIVATIONS,
     Activation,
@@ -23,6 +24,13 @@ from moe_builders.ops.routed_passes import LEARNING, Given
 T, K, E, D, H = 23, 3, 6, 8, 12
 WEIGHTS = ("input_weights", "row_weights", "output_weights")
 KINDS = {**ACTIVATIONS, "limited_swiglu": limited_swiglu(limit=0.5)}
+
+
+@pytest.fixture(autouse=True, params=["whole", "blocks"])
+def in_blocks(request, monkeypatch):
+    """Everything here also for some experts at a time, as on a CPU with more rows."""
+    if request.param == "blocks":
+        monkeypatch.setattr(routed_blocks, "_BYTES", 64)  # 8, 16 or 32 rows
 
 
 def assigned_of(*, weights=WEIGHTS, slots=True, dead=True, idle=True, dtype=torch.float64, t=T):
