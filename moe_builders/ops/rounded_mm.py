@@ -9,7 +9,6 @@ known. Same answers as the loop; torch's own grouped product has the same handic
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _LEAST = 32  # rows
@@ -77,4 +76,8 @@ def rounded_weight_grad(
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:
-    return F.pad(rows, (0, 0, 0, size - rows.shape[0]))
+    """With rows of zeros up to a number of them; ``F.pad`` would write every element twice."""
+    padded = rows.new_empty(size, rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    padded[rows.shape[0] :] = 0
+    return padded
