@@ -21,8 +21,8 @@ from moe_builders.attention.mla import MultiHeadLatentAttention
 from moe_builders.errors import InputError
 from moe_builders.flops import experts_per_token
 from moe_builders.moe import MoE, moe_layers
+from moe_builders.ops import routed_blocks
 from moe_builders.ops.linear_cross_entropy import working_bytes
-from moe_builders.ops.routed_blocks import rows_of_block, takes_blocks
 
 _INT = 8  # bytes
 
@@ -88,7 +88,7 @@ def count_activations(
     size = compute_dtype.itemsize
     wide = torch.promote_types(compute_dtype, torch.float32).itemsize
     dim = model.tok_embeddings.embedding_dim
-    working = partial(_working, num_tokens=num_tokens, size=size, on_cpu=not fused_norms)
+    working = partial(_working, num_tokens=num_tokens, dtype=compute_dtype, on_cpu=not fused_norms)
     layers = [
         layer_bytes(
             layer, mask_len=mask_len, compute_dtype=compute_dtype, ep=ep, fused_norms=fused_norms
@@ -229,25 +229,29 @@ def _experts(experts: Any, *, apart: bool) -> int:
     return 2 * experts.dim + 2 * width
 
 
-def _working(mlp: Any, num_tokens: int, size: int, *, hidden: int, on_cpu: bool) -> int:
+def _working(mlp: Any, num_tokens: int, dtype: torch.dtype, *, hidden: int, on_cpu: bool) -> int:
     """Bytes that a network's backward has beside what was kept.
 
     The answers' gradient (later the rows once more) and the pre-activation's, and as many times
     the hidden rows as ``hidden`` says: these and their gradient, at the worst. On a CPU those of a
-    block of experts alone, and all rows' gradient.
+    block of experts alone (``ops.routed_blocks``), and all rows' gradient.
     """
     if not isinstance(mlp, MoE):
         return 0
     experts: Any = mlp.experts
     width = (2 if experts.activation.gated else 1) * experts.hidden_dim
     rows = num_tokens * experts_per_token(mlp.router)
-    if on_cpu and getattr(experts, "takes_tokens", False) and takes_blocks(experts.backend):
-        own = rows / experts.num_experts
-        block = own * math.ceil(rows_of_block(size) / own)
+    own = experts.dim + width + hidden * experts.hidden_dim
+    if (
+        on_cpu
+        and getattr(experts, "takes_tokens", False)
+        and routed_blocks.takes_blocks(experts.backend, dtype)
+    ):
+        of_expert = rows / experts.num_experts
+        block = of_expert * math.ceil(routed_blocks.ROWS / of_expert)
         if block < rows:
-            one = experts.dim + width + 2 * experts.hidden_dim
-            return round((rows * experts.dim + block * one) * size)
-    return round(rows * (experts.dim + width + hidden * experts.hidden_dim) * size)
+            own = experts.dim + block / rows * (experts.dim + width + 2 * experts.hidden_dim)
+    return round(rows * own * dtype.itemsize)
 
 
 def _dense(mlp: Any) -> int:

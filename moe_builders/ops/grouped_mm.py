@@ -88,27 +88,23 @@ def multiply_groups(
 
     Args:
         x, weight, num_tokens_per_expert, backend: of ``grouped_mm``.
-        out: [a, o] to write into, which only loops over experts do without a copy; None: new.
+        out: [a, o] to write into, where experts are multiplied one by one; None: in new memory.
     """
     way = way_of_groups(backend, x, weight).name
-    if way not in ("rounded", "loop"):
-        y = _multiply_at_once(x, weight, num_tokens_per_expert, way)
-        return y if out is None else out.copy_(y)
-    y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out  # [a, o]
-    runs = _runs(num_tokens_per_expert)
-    if way == "rounded":
-        return rounded_mm(x, weight, runs, y)
-    for expert, (start, end) in enumerate(runs):
-        torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
-    y[runs[-1][1] :] = 0
-    return y
-
-
-def _multiply_at_once(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor, way: str) -> Tensor:
+    if way == "loop":
+        y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out  # [a, o]
+        runs = _runs(num_tokens_per_expert)
+        for expert, (start, end) in enumerate(runs):
+            torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
+        y[runs[-1][1] :] = 0
+        return y
+    assert out is None
     if way == "gather":
         return gathered_mm(x, weight, num_tokens_per_expert)
     if way == "bmm":
         return padded_mm(x, weight, num_tokens_per_expert)
+    if way == "rounded":
+        return rounded_mm(x, weight, _runs(num_tokens_per_expert))
     offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e] end of each run
     y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [a, o]
     y = row_kernels(y).zero_tail_(y, offsets[-1])  # the kernel leaves garbage there
@@ -139,22 +135,20 @@ def multiply_transposed(
         out: [e, o, i], as in ``multiply_groups``.
     """
     way = way_of_transposed(backend, grad, x).name
-    if way not in ("rounded", "loop"):
-        if way == "bmm":
-            made = padded_weight_grad(grad, x, num_tokens_per_expert)
-        else:
-            offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
-            made = F.grouped_mm(grad.t(), x, offs=offsets).contiguous()
-        return made if out is None else out.copy_(made)
-    runs = _runs(num_tokens_per_expert)
-    weight_grad = out
-    if weight_grad is None:
-        weight_grad = x.new_empty(len(runs), grad.shape[1], x.shape[1])  # [e, o, i]
+    if way == "loop":
+        runs = _runs(num_tokens_per_expert)
+        shape = (len(runs), grad.shape[1], x.shape[1])  # [e, o, i]
+        weight_grad = x.new_empty(shape) if out is None else out
+        for expert, (start, end) in enumerate(runs):
+            torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
+        return weight_grad
+    assert out is None
+    if way == "bmm":
+        return padded_weight_grad(grad, x, num_tokens_per_expert)
     if way == "rounded":
-        return rounded_weight_grad(grad, x, runs, weight_grad)
-    for expert, (start, end) in enumerate(runs):
-        torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
-    return weight_grad
+        return rounded_weight_grad(grad, x, _runs(num_tokens_per_expert))
+    offsets = num_tokens_per_expert.cumsum(0, dtype=torch.int32)  # [e]
+    return F.grouped_mm(grad.t(), x, offs=offsets).contiguous()  # [e, o, i]
 
 
 @torch.library.custom_op("moe_builders::grouped_mm_weight_grad", mutates_args=())

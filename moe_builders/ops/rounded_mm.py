@@ -25,18 +25,18 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def rounded_mm(x: Tensor, weight: Tensor, runs: list[tuple[int, int]], y: Tensor) -> Tensor:
+def rounded_mm(x: Tensor, weight: Tensor, runs: list[tuple[int, int]]) -> Tensor:
     """y[r] = weight[expert of r] @ x[r]; zero past the last run.
 
     Args:
         x: [a, i].
         weight: [e, o, i], any strides.
         runs: (start, end) of each expert's rows, ascending and without gaps.
-        y: [a, o] to write into.
 
     Returns:
-        y.
+        [a, o].
     """
+    y = x.new_empty(x.shape[0], weight.shape[1])  # [a, o]
     for expert, (start, end) in enumerate(runs):
         size = rounded(end - start)
         if start + size <= x.shape[0]:
@@ -50,20 +50,18 @@ def rounded_mm(x: Tensor, weight: Tensor, runs: list[tuple[int, int]], y: Tensor
     return y
 
 
-def rounded_weight_grad(
-    grad: Tensor, x: Tensor, runs: list[tuple[int, int]], result: Tensor
-) -> Tensor:
+def rounded_weight_grad(grad: Tensor, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
     """dW[j] = Σ over rows r of expert j of grad[r] ⊗ x[r]; zero for one without rows.
 
     Args:
         grad: [a, o].
         x: [a, i].
         runs: as in ``rounded_mm``.
-        result: [e, o, i] to write into.
 
     Returns:
-        result.
+        [e, o, i].
     """
+    result = x.new_empty(len(runs), grad.shape[1], x.shape[1])  # [e, o, i]
     for expert, (start, end) in enumerate(runs):
         if start == end:
             result[expert] = 0

@@ -1,23 +1,24 @@
-"""The routed experts on a CPU: some at a time, so that what lies between stays in its cache.
+"""The routed experts on a CPU: a few at a time, so that what lies between is small.
 
 Letters: t tokens · a assignments (sorted by expert; dead ones last) · e experts · d dim ·
 w = 2h (ungated: h).
 
-Copied rows, activated rows and their gradients are as large as what is kept. All of them at once
-leave the cache, and tensors of tens of megabytes are memory that the system hands out anew in
-every step: together half as long as the products take. A block's are small, and lie where the last
-block's lay. What is larger than a block (z, answers, gradients) is written in place. Each row is
-computed as ``ops.routed_passes`` does it for all.
+Copied rows, activated rows and their gradients are as large as what is kept, and tensors of tens of
+megabytes are memory that the system hands out anew in every step: a third as long as the products
+take. A block's are small, and lie where the last block's lay. What is larger than a block (z,
+answers, gradients) is written in place. Each row is computed as ``ops.routed_passes`` does it for
+all.
 """
 
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moe_builders.ops.routed_passes import Given, How, add_home, backward_rows, forward_rows
 
-_BYTES = 4096  # of a block's column
+ROWS = 1024  # of a block, at least, but for the last one
 _IN_PLACE = ("up", "down", "x")  # what ``backward_rows`` writes where it is told to
 _OF_EXPERTS = ("up", "down", "up_bias", "down_bias", "hidden_scale", "num_tokens_per_expert")
 _OF_ROWS = ("token_index", "input_weights", "row_weights", "output_weights")
@@ -30,23 +31,24 @@ class Block(NamedTuple):
     rows: slice
 
 
-def rows_of_block(item: int) -> int:
-    """How many rows a block has at least (the last one may have less), by bytes of a number."""
-    return _BYTES // item
+def takes_blocks(backend: str, dtype: torch.dtype) -> bool:
+    """Whether it is worth it on a CPU: experts are multiplied one by one, in fp32 or wider.
 
-
-def takes_blocks(backend: str) -> bool:
-    """Whether a product goes expert by expert on a CPU."""
-    return backend in ("auto", "loop")
+    In half precision what lies between is half as large; blocks did not make it faster.
+    """
+    return backend in ("auto", "loop") and dtype.itemsize >= torch.float32.itemsize
 
 
 def find_blocks(given: Given, how: How) -> list[Block]:
     """Of all live rows, in order; the host reads the counts. None where one would be all, on other
     devices, and where a product takes all experts at once."""
-    if not given.x.is_cpu or how.kernels == "triton" or not takes_blocks(how.backend):
+    if (
+        not given.x.is_cpu
+        or how.kernels == "triton"
+        or not takes_blocks(how.backend, given.x.dtype)
+    ):
         return []
-    least = rows_of_block(given.x.element_size())
-    blocks = list(_blocks(given.num_tokens_per_expert, least))
+    blocks = list(_blocks(given.num_tokens_per_expert))
     return blocks if len(blocks) > 1 else []
 
 
@@ -93,12 +95,12 @@ def _num_rows(given: Given) -> int:
     return (given.x if given.token_index is None else given.token_index).shape[0]
 
 
-def _blocks(num_tokens_per_expert: Tensor, least: int) -> Iterator[Block]:
+def _blocks(num_tokens_per_expert: Tensor) -> Iterator[Block]:
     first = start = rows = 0
     counts = num_tokens_per_expert.tolist()
     for expert, count in enumerate(counts):
         rows += count
-        if rows >= least or expert + 1 == len(counts):
+        if rows >= ROWS or expert + 1 == len(counts):
             yield Block(slice(first, expert + 1), slice(start, start + rows))
             first, start, rows = expert + 1, start + rows, 0
 

@@ -11,6 +11,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import memory  # noqa: E402
 
+from moe_builders.ops import routed_blocks  # noqa: E402
+
 # the proportions of the shape that is measured, a few hundred times less of it
 SMALL = memory.SMALL | {
     "vocab_size": 2048, "embed_dim": 128, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
@@ -27,6 +29,18 @@ def test_the_plan_of_a_step_is_what_it_takes(dtype, kind, monkeypatch):
     found = memory.compare(memory.Case("small", dtype, kind, rows=2, length=256, device="cpu"))
     assert found["ratio"] == pytest.approx(1, abs=0.1)
     assert found["measured"]["above"] > 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed"])
+def test_experts_a_few_at_a_time_need_less_at_once(kind, monkeypatch):
+    monkeypatch.setitem(memory.SHAPES, "small", SMALL | {"num_layers": 2})
+    monkeypatch.setattr(routed_blocks, "ROWS", 64)
+    case = memory.Case("small", "fp32", kind, rows=2, length=1024, device="cpu")
+    found = memory.compare(case)
+    assert found["ratio"] == pytest.approx(1, abs=0.1)
+    monkeypatch.setattr(routed_blocks, "takes_blocks", lambda *_: False)
+    whole = memory.compare(case)
+    assert whole["measured"]["peak"] > 1.05 * found["measured"]["peak"]
 
 
 def test_a_trial(tmp_path, capsys):

@@ -141,10 +141,9 @@ def test_a_cpu_goes_expert_by_expert():
     assert ways(torch.bfloat16, 8, 16, cpu) == ["rounded"] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["auto", "grouped", "loop", "bmm"])
-def test_products_are_written_where_they_are_told_to(backend, dtype):
-    x, weight, grad, counts, _ = inputs(*CASES["dead rows"], dtype=dtype, i=8, o=16)
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_products_are_written_where_they_are_told_to(backend):
+    x, weight, grad, counts, _ = inputs(*CASES["dead rows"], dtype=torch.float32, i=8, o=16)
     room, room_grad = torch.full_like(grad, torch.nan), torch.full_like(weight, torch.nan)
     assert multiply_groups(x, weight, counts, backend, room) is room
     assert multiply_transposed(grad, x, counts, backend, room_grad) is room_grad

@@ -30,7 +30,7 @@ KINDS = {**ACTIVATIONS, "limited_swiglu": limited_swiglu(limit=0.5)}
 def in_blocks(request, monkeypatch):
     """Everything here also for some experts at a time, as on a CPU with more rows."""
     if request.param == "blocks":
-        monkeypatch.setattr(routed_blocks, "_BYTES", 64)  # 8, 16 or 32 rows
+        monkeypatch.setattr(routed_blocks, "ROWS", 8)
 
 
 def assigned_of(*, weights=WEIGHTS, slots=True, dead=True, idle=True, dtype=torch.float64, t=T):
