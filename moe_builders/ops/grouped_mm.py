@@ -93,10 +93,12 @@ def multiply_groups(
     way = way_of_groups(backend, x, weight).name
     if way == "loop":
         y = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out  # [a, o]
-        runs = _runs(num_tokens_per_expert)
-        for expert, (start, end) in enumerate(runs):
-            torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
-        y[runs[-1][1] :] = 0
+        counts = num_tokens_per_expert.tolist()
+        matrices = weight.transpose(1, 2).unbind()  # [i, o] each
+        own_rows = zip(_split(x, counts), matrices, _split(y, counts), strict=True)
+        for rows, matrix, answers in own_rows:
+            torch.mm(rows, matrix, out=answers)
+        y[sum(counts) :] = 0
         return y
     assert out is None
     if way == "gather":
@@ -136,11 +138,12 @@ def multiply_transposed(
     """
     way = way_of_transposed(backend, grad, x).name
     if way == "loop":
-        runs = _runs(num_tokens_per_expert)
-        shape = (len(runs), grad.shape[1], x.shape[1])  # [e, o, i]
+        counts = num_tokens_per_expert.tolist()
+        shape = (len(counts), grad.shape[1], x.shape[1])  # [e, o, i]
         weight_grad = x.new_empty(shape) if out is None else out
-        for expert, (start, end) in enumerate(runs):
-            torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[expert])
+        own_rows = zip(_split(grad, counts), _split(x, counts), weight_grad.unbind(), strict=True)
+        for left, right, own in own_rows:
+            torch.mm(left.t(), right, out=own)
         return weight_grad
     assert out is None
     if way == "bmm":
@@ -192,6 +195,11 @@ def _grouped_mm_flops(x_shape, weight_shape, *_, out_shape=None) -> int:
 @register_flop_formula(torch.ops.moe_builders.grouped_mm_weight_grad)
 def _weight_grad_flops(grad_shape, x_shape, *_, out_shape=None) -> int:
     return 2 * x_shape[0] * grad_shape[1] * x_shape[1]
+
+
+def _split(rows: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Each expert's rows, without the dead ones."""
+    return rows[: sum(counts)].split(counts)
 
 
 def _runs(num_tokens_per_expert: Tensor) -> list[tuple[int, int]]:
