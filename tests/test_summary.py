@@ -469,7 +469,7 @@ def test_experts_that_are_computed_alike_share_a_line():
                                                       backend="loop"))  # fmt: skip
     model = decoder_with(*plain, loop)
     lines = describe_experts(model, device=torch.device("cpu"), dtype=torch.float64)
-    reason = "torch's grouped product takes no fp64"
+    reason = "a CPU multiplies one expert after the other"
     assert [line.split(" (")[0] for line in lines] == [
         "layers.0 … layers.1: experts' products: a loop over experts",
         "layers.2: experts' products: a loop over experts",
