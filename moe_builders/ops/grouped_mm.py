@@ -42,11 +42,11 @@ def grouped_mm(
         weight: [e, o, i], stored as ``nn.Linear`` stores it; any strides (a transposed view is
             not copied).
         num_tokens_per_expert: [e] int, rows of each expert; zeros are fine.
-        backend: "auto" (grouped where the kernel takes dtype and strides, else the loop; in half
-            precision on a CPU the loop of ``ops.rounded_mm``; on a GPU without gradients and for
-            few rows what ``ops.gathered_mm`` says), "grouped", "loop", "bmm" (``ops.padded_mm``:
-            for small experts of about the same load; a GPU waits for the counts, so "auto" never
-            takes it), or "gather" (any number of rows, no gradients).
+        backend: "auto" (on a GPU grouped where the kernel takes dtype and strides, else the loop,
+            and without gradients and for few rows what ``ops.gathered_mm`` says; on a CPU the
+            loop, in half precision that of ``ops.rounded_mm``), "grouped", "loop", "bmm"
+            (``ops.padded_mm``: for small experts of about the same load; a GPU waits for the
+            counts, so "auto" never takes it), or "gather" (any number of rows, no gradients).
 
     Returns:
         [a, o]; exact zeros in the ignored rows.

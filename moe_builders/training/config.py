@@ -146,7 +146,7 @@ class RecipeConfig:
     enable_activation_offloading: bool = False  # what is kept of them on the host; GPU only
     # chunked: some tokens at a time | torch, liger: by theirs | none: from whole logits
     linear_cross_entropy: str = one_of(*WAYS)
-    # auto: grouped where it fits, else loop | bmm: padded rows | liger: its kernels; GPU only
+    # auto: the best that fits | bmm: padded rows | liger: its kernels; GPU only
     expert_backend: str = one_of("auto", "grouped", "loop", "bmm", "liger")
     recompute_up: bool = False  # experts keep tokens alone; one more product in backward
     compile: bool = False  # torch.compile each layer; needs a C++ compiler
